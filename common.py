@@ -1,0 +1,922 @@
+"""Everything that the three stages share, in reading order: noise, images, crops, ViT, losses, schedules, runtime.
+
+Shapes in comments: B images, C channels, H x W pixels, N patches, D width, K prototypes, M masked patches. Sections
+are those of "Ditch the Denoiser" (arXiv 2505.12191); DINOv2 is arXiv 2304.07193.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+class UserError(Exception):
+    """Bad input: one line that says what is wrong, which file or flag, what to do."""
+
+# ==== noise: x in [0, 1], one fixed draw per image (section 3 of the paper, and two models that real fields meet) ====
+NOISES = {}  # name -> (function, inverse, most)
+
+def noise(name, inverse=False, most=math.inf):
+    """Register a noise model `f(x, level, rng) -> x with noise`.
+    x: float32 (H, W, C) in [0, 1]; level: the number in the spec; rng: a numpy Generator of this image. The result is
+    clipped later. inverse: a smaller level is worse. most: the largest level that makes sense."""
+    return lambda function: NOISES.setdefault(name, (function, inverse, most))[0]
+
+@noise("gauss")  # level: sigma on the 0-255 scale
+def gauss(x, level, rng):
+    return x + level / 255 * rng.standard_normal(x.shape, np.float32)
+
+@noise("shot", inverse=True)  # level: photons at full brightness
+def shot(x, level, rng):
+    return rng.poisson(x * level) / level
+
+@noise("speckle")  # level: standard deviation of the multiplicative noise
+def speckle(x, level, rng):
+    return x + x * level * rng.standard_normal(x.shape, np.float32)
+
+@noise("rician")  # magnitude MRI; level: sigma of each of the two channels on the 0-255 scale
+def rician(x, level, rng):
+    return np.hypot(gauss(x, level, rng), gauss(np.zeros_like(x), level, rng))
+
+@noise("impulse", most=1)  # salt and pepper; level: fraction of values replaced, half by 0 and half by 1
+def impulse(x, level, rng):
+    return np.where((u := rng.random(x.shape, np.float32)) < level, u < level / 2, x)
+
+def parse_noise(spec):
+    """'gauss100' -> ('gauss', 100.0, 100.0); 'gauss50-255' -> ('gauss', 50.0, 255.0); 'none' -> None.
+    Raises UserError for an unknown name or a level that is not a positive number."""
+    if spec == "none":
+        return None
+    name = max((n for n in NOISES if spec.startswith(n)), key=len, default=None)
+    if name is None:
+        raise UserError(f"--noise {spec}: unknown noise; use none or one of {', '.join(NOISES)} with a level: gauss100")
+    try:
+        low, high = (float(v) for v in (spec[len(name):].split("-") * 2)[:2])
+    except ValueError:
+        low = high = math.nan
+    if not (0 < low <= high <= NOISES[name][2] and math.isfinite(high)) or spec.count("-") > 1:
+        limit = f" up to {NOISES[name][2]:g}" if math.isfinite(NOISES[name][2]) else ""
+        raise UserError(f"--noise {spec}: the level must be a positive number{limit}, or a range: {name}0.5-1")
+    return name, low, high
+
+def noise_draw(spec, key, seed=0):
+    """(model, level, rng) of one image: the generator is a hash of base seed and relative path, never of order."""
+    name, low, high = parse_noise(spec)
+    digest = hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
+    rng = np.random.default_rng(np.frombuffer(digest, "<u4"))
+    level = low if low == high else rng.uniform(low, high)
+    return NOISES[name][0], level, rng
+
+def add_noise(image, spec, key, seed=0):
+    """Noise of `spec` on one image: float32 (H, W, C) in [0, 1] to the same, clipped, before 8-bit rounding.
+    key: the image's path relative to the data folder ('train/cat/1.png'): the same key and seed give the same bits."""
+    if spec == "none":
+        return image
+    model, level, rng = noise_draw(spec, key, seed)
+    return np.clip(model(image, level, rng), 0, 1).astype(np.float32)
+
+# ==== images: a folder is a sorted list of relative paths; reading gives uint8 (H, W, C) ============================
+Image.init()
+SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in Image.OPEN and f != "MPEG"} | {".npy"}
+READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+def unreadable(path, error):
+    reason = "empty file" if path.is_file() and path.stat().st_size == 0 else error
+    return UserError(f"{path}: not a readable image ({reason}); repair it or move it out of the folder")
+
+def is_grey(image):
+    return image.mode[0] in "1LIF" and image.mode != "LAB"
+
+def list_images(root):
+    """Relative posix paths of all images below root, sorted; hidden files are passed over, links followed once."""
+    found, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders.sort()  # the same path on every machine where a link leads to a folder twice
+        if os.path.realpath(folder) in seen:  # a link in a loop
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        base = Path(folder).relative_to(root)
+        found += [(base / f).as_posix() for f in files if f[0] != "." and os.path.splitext(f)[1].lower() in SUFFIXES]
+    return sorted(found)
+
+def image_info(path):
+    """(height, width, channels) from the header: 1 channel for grey, 3 for colour, any for .npy. Raises UserError."""
+    try:
+        if path.suffix.lower() == ".npy":
+            shape = np.lib.format.open_memmap(path, mode="r").shape
+            if len(shape) not in (2, 3) or 0 in shape:
+                raise ValueError(f"shape {shape} is neither (H, W) nor (H, W, C)")
+            return (*shape, 1)[:3]
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # EXIF orientation: turned by 90 degrees
+                width, height = height, width
+            return height, width, 1 if is_grey(image) else 3
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from None
+
+def read_image(path):
+    """One file, upright, in its own depth: (H, W, C) of any real dtype; palette, alpha and CMYK become RGB.
+    Raises UserError for what cannot be decoded."""
+    try:
+        if path.suffix.lower() == ".npy":
+            with open(path, "rb") as file:
+                x = np.lib.format.read_array(file, allow_pickle=False)
+        else:
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("LA", "1"):
+                    image = image.convert("L")
+                elif not is_grey(image):
+                    image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn
+                    image = image.convert("RGB")
+                x = np.array(image)
+                if image.mode == "I" and x.min() >= 0 and x.max() <= 65535:  # Pillow's container for 16-bit files
+                    x = x.astype(np.uint16)
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from None
+    return x[:, :, None] if x.ndim == 2 else x
+
+def to_float(x, path=""):
+    """Any dtype to float32 [0, 1] by the dtype's range; floats as they are, checked. Raises UserError."""
+    if x.dtype == np.uint8:
+        return x / np.float32(255)
+    if x.dtype.kind in "iu":
+        low, high = float(np.iinfo(x.dtype).min), float(np.iinfo(x.dtype).max)
+        return ((x - low) / (high - low)).astype(np.float32)
+    if x.dtype.kind not in "fb":
+        raise UserError(f"{path}: dtype {x.dtype} is not an image; save integers or floats in [0, 1]")
+    x = x.astype(np.float32)
+    if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
+        raise UserError(f"{path}: float values must be finite and in [0, 1], found {x.min():g} to {x.max():g}; rescale")
+    return x
+
+def to_uint8(x):
+    return np.rint(x * np.float32(255)).astype(np.uint8)  # [0, 1] to 0..255, rounded
+
+class Folder:
+    """The images of one split. `read(i, source)` gives uint8 (H, W, C) of source noisy, clean or denoised.
+    data: DIR with train/ and val/, or, for split 'train', any folder of images. spec: synthetic noise put on at
+    reading, 'none' where the images are noisy already. denoised: folder of the same relative paths, any suffix."""
+    def __init__(self, data, split="train", spec="none", seed=0, denoised=None):
+        parse_noise(spec)
+        self.data, self.spec, self.seed = Path(data), spec, seed
+        if not self.data.is_dir():
+            raise UserError(f"--data {data}: no such folder")
+        root = self.data / split
+        if not root.is_dir():
+            if split != "train":
+                raise UserError(f"{root}: no such folder; it holds the {split} images, one folder a class")
+            root = self.data
+        self.paths = [(root.relative_to(self.data) / p).as_posix() for p in list_images(root)]
+        if not self.paths:
+            raise UserError(f"{root}: no images found (looked for .png, .jpg, .tif, .npy and the like)")
+        with ThreadPoolExecutor() as pool:
+            infos = list(tqdm(pool.map(image_info, (self.data / p for p in self.paths)), f"scan {root.name}",
+                              len(self.paths), leave=False, disable=len(self.paths) < 10_000 or None))
+        self.sizes = torch.tensor([i[:2] for i in infos])  # (N, 2) height, width
+        channels = {i[2]: p for i, p in zip(infos, self.paths, strict=True)}
+        self.channels = max(channels)
+        if set(channels) - {1, 3} and len(channels) > 1:
+            raise UserError(f"{root}: files differ in their number of channels, "
+                            + ", ".join(f"{p} has {c}" for c, p in sorted(channels.items())))
+        self.denoised = None
+        if denoised:  # path without suffix -> the denoised file
+            self.denoised = {os.path.splitext(p)[0]: Path(denoised) / p for p in list_images(denoised)}
+            if lacking := [p for p, stem in zip(self.paths, self.stems(), strict=True) if stem not in self.denoised]:
+                raise UserError(f"{denoised}: {len(lacking)} of {len(self)} denoised images are missing, {lacking[0]} "
+                                "first; denoise.py apply makes those that are missing")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def stems(self):
+        """Paths without suffix, which name the denoised images. Raises UserError where two are the same."""
+        stems = [os.path.splitext(p)[0] for p in self.paths]
+        if len(set(stems)) < len(stems):
+            twice = [p for p, stem in zip(self.paths, stems, strict=True) if stems.count(stem) > 1][:2]
+            raise UserError(f"{self.data}: {' and '.join(twice)} would share a denoised image; rename one of them")
+        return stems
+
+    def read(self, i, source="noisy"):
+        """Image i as uint8 (H, W, C). Raises UserError for a file that cannot be used."""
+        key = self.paths[i]
+        path = self.denoised[os.path.splitext(key)[0]] if source == "denoised" else self.data / key
+        x = read_image(path)
+        if x.shape[2] == 1 and self.channels == 3:  # a grey image among colour ones
+            x = np.broadcast_to(x, (*x.shape[:2], 3))
+        expected = (*self.sizes[i].tolist(), self.channels)
+        if x.shape != expected:
+            raise UserError(f"{path}: is {x.shape}, but its image {key} is {expected} (height, width, channels)")
+        if source == "noisy" and self.spec != "none":
+            return to_uint8(add_noise(to_float(x, path), self.spec, key, self.seed))
+        return np.ascontiguousarray(x) if x.dtype == np.uint8 else to_uint8(to_float(x, path))
+
+    def labels(self):
+        """Class name of each image: the folder below the split."""
+        parts = [p.split("/") for p in self.paths]
+        if any(len(p) < 3 for p in parts):
+            raise UserError(f"{self.data}: labels need a folder a class: train/<class>/ and val/<class>/")
+        return [p[1] for p in parts]
+
+    def stats(self, most=2000):
+        """Per-channel mean and standard deviation of the noisy images in [0, 1], from up to `most` of them."""
+        picks = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
+
+        def moments(i):  # (3, C): pixels, sum, sum of squares
+            x = self.read(i).reshape(-1, self.channels) / 255.0
+            return np.stack([np.full(self.channels, len(x)), x.sum(0), (x * x).sum(0)])
+
+        with ThreadPoolExecutor() as pool:
+            count, first, second = sum(pool.map(moments, picks))
+        mean = first / count
+        return mean.tolist(), np.sqrt(np.maximum(second / count - mean**2, 1e-8)).tolist()
+
+class Batches:
+    """uint8 batches of a Folder: list of one (B, C, H, W) tensor per source, and sizes (B, 2).
+    Sets of at most cache_gb are decoded once and stay on the device; larger ones stream through a DataLoader.
+    Images are padded right and below to the largest of the batch."""
+    def __init__(self, folder, sources, device, cache_gb=4.0, workers=2):
+        self.folder, self.sources, self.device, self.workers = folder, sources, device, workers
+        height, width = folder.sizes.amax(0).tolist()
+        size = len(folder) * folder.channels * height * width
+        self.cache = None
+        if size * len(sources) <= cache_gb * 1e9:
+            with ThreadPoolExecutor(max(1, workers)) as pool:
+                items = list(tqdm(pool.map(self.__getitem__, range(len(folder))), "read", len(folder), leave=False,
+                                  disable=None))
+            self.cache = [x.to(device) for x in pad_batch(items)[0]]
+
+    def epoch(self, batches):
+        """Yield (images, sizes) for every list of indices in `batches`."""
+        if self.cache is not None:
+            for index in batches:
+                sizes = self.folder.sizes[index]
+                height, width = sizes.amax(0).tolist()
+                where = torch.as_tensor(index, device=self.device)
+                yield [c[where, :, :height, :width] for c in self.cache], sizes
+            return
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=batches, collate_fn=pad_batch, num_workers=self.workers,
+            pin_memory=self.device.type == "cuda", multiprocessing_context="fork" if self.workers else None)
+        try:
+            for images, sizes in loader:
+                yield [x.to(self.device, non_blocking=True) for x in images], sizes
+        except UserError as error:  # a worker's, which comes with its traceback as text
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
+
+    def __getitem__(self, i):
+        return [self.folder.read(i, s) for s in self.sources]
+
+def pad_batch(items):
+    """[per image: [uint8 (H, W, C) per source]] -> [uint8 (B, C, Hmax, Wmax) per source], sizes (B, 2)."""
+    sizes = torch.tensor([i[0].shape[:2] for i in items])
+    height, width = sizes.amax(0).tolist()
+    batch = [torch.zeros(len(items), i.shape[2], height, width, dtype=torch.uint8) for i in items[0]]
+    for b, item in enumerate(items):
+        for out, x in zip(batch, item, strict=True):
+            out[b, :, :x.shape[0], :x.shape[1]] = torch.tensor(x).permute(2, 0, 1)
+    return batch, sizes
+
+# ==== crops: parameters are drawn on the CPU for the global batch, applied as batched operations on the device ======
+def draw_boxes(sizes, scale, gen, aspect=(3 / 4, 4 / 3), tries=10):
+    """Random resized crop: sizes (B, 2) of the images to integer boxes (B, 4) of top, left, height, width.
+    Area uniform in `scale` of the image, aspect log-uniform, the first of ten tries that fits, else the largest
+    central box of an allowed aspect (torchvision's rule)."""
+    height, width = sizes.double().split(1, dim=1)  # (B, 1)
+    area = height * width * torch.empty(len(sizes), tries, dtype=torch.double).uniform_(*scale, generator=gen)
+    ratio = torch.empty_like(area).uniform_(*map(math.log, aspect), generator=gen).exp()
+    w, h = (area * ratio).sqrt().round().clamp(min=1), (area / ratio).sqrt().round().clamp(min=1)  # (B, tries)
+    fits = (w <= width) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w = torch.where(fits.any(1, keepdim=True), w.gather(1, first), width.minimum((height * aspect[1]).round()))
+    h = torch.where(fits.any(1, keepdim=True), h.gather(1, first), height.minimum((width / aspect[0]).round()))
+    place = torch.rand(2, len(sizes), 1, dtype=torch.double, generator=gen)
+    place = torch.where(fits.any(1, keepdim=True), place, torch.tensor(0.5, dtype=torch.double))
+    top, left = (place[0] * (height - h + 1)).floor(), (place[1] * (width - w + 1)).floor()
+    return torch.cat([top, left, h, w], 1)
+
+def draw_view(sizes, scale, gen, blur_p, solarize_p=0.0, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2):
+    """All random parameters of one view of B images (DINOv2's augmentation): dict of CPU tensors (B, ...)."""
+    def chance(p):
+        return torch.rand(n, generator=gen) < p
+
+    n = len(sizes)
+    factors = (torch.rand(n, 4, generator=gen) * 2 - 1) * torch.tensor(jitter)  # brightness, contrast, saturation, hue
+    factors += torch.tensor([1.0, 1.0, 1.0, 0.0])
+    return {"boxes": draw_boxes(sizes, scale, gen), "flip": chance(0.5), "jitter": chance(jitter_p), "factors": factors,
+            "order": torch.rand(n, 4, generator=gen).argsort(1), "grey": chance(grey_p), "blur": chance(blur_p),
+            "sigma": torch.empty(n).uniform_(0.1, 2.0, generator=gen), "solarize": chance(solarize_p)}
+
+def bicubic_weights(size, start, length, flip, out, padded):
+    """Antialiased bicubic interpolation (Pillow's, a = -0.5) as one matrix per image: (B, out, padded).
+    size, start, length (B,): extent of the image and of the box along one axis; flip (B,) mirrors the output.
+    Samples beyond the box are used, samples beyond the image are not."""
+    size, start, length = (v[:, None].float() for v in (size, start, length))  # (B, 1)
+    index = torch.arange(out, device=size.device).expand(len(size), out)
+    index = torch.where(flip[:, None], out - 1 - index, index)
+    step = length / out
+    stretch = step.clamp(min=1)  # downsampling widens the kernel: antialias
+    centre = start + (index + 0.5) * step  # (B, out)
+    low, high = (centre - 2 * stretch + 0.5).floor().clamp(min=0), (centre + 2 * stretch + 0.5).floor().minimum(size)
+    x = torch.arange(padded, device=size.device, dtype=torch.float32)
+    inside = (x >= low[..., None]) & (x < high[..., None])
+    d = ((x + 0.5 - centre[..., None]) / stretch[..., None]).abs()
+    w = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (inside & (d < 2))
+    return w / w.sum(-1, keepdim=True)
+
+def resample(images, sizes, boxes, flips, out, top=None):
+    """Crop, resize and flip: exactly Pillow's `resize((out, out), BICUBIC, box=...)`, horizontal pass first.
+    images (B, C, H, W) float, padded right and below; sizes (B, 2) height, width of each; boxes (B, 4) top, left,
+    height, width; flips (B,) bool. Gives (B, C, out, out). top: the largest value, at which Pillow clips after each
+    pass; by default 255 where the images exceed 1, else 1."""
+    if top is None:
+        top = 255.0 if images.max() > 1 else 1.0
+    sizes, boxes, flips = (v.to(images.device) for v in (sizes, boxes, flips))
+    rows = bicubic_weights(sizes[:, 0], boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), out, images.shape[2])
+    columns = bicubic_weights(sizes[:, 1], boxes[:, 1], boxes[:, 3], flips, out, images.shape[3])
+    x = images @ columns[:, None].mT  # (B, C, H, out)
+    x = rows[:, None] @ x.clamp(0, top)  # (B, C, out, out)
+    return x.clamp(0, top)
+
+def luma(x):
+    """Grey value (B, 1, H, W): ITU-R 601 weights for RGB, the mean for any other number of channels."""
+    weights = x.new_tensor([0.299, 0.587, 0.114]) if x.shape[1] == 3 else x.new_full((x.shape[1],), 1 / x.shape[1])
+    return (x * weights[:, None, None]).sum(1, keepdim=True)
+
+def adjust_brightness(x, f):
+    return (x * f).clamp(0, 1)
+
+def adjust_contrast(x, f):
+    return (f * x + (1 - f) * luma(x).mean((2, 3), keepdim=True)).clamp(0, 1)
+
+def adjust_saturation(x, f):
+    return (f * x + (1 - f) * luma(x)).clamp(0, 1)
+
+def adjust_hue(x, f):
+    """Turn the hue of RGB images (B, 3, H, W) in [0, 1] by f (B, 1, 1, 1) full circles, in HSV space."""
+    value, top = x.max(1)
+    chroma = value - x.min(1).values
+    r, g, b = x.unbind(1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    sector = torch.where(top == 0, (g - b) / safe, torch.where(top == 1, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    sector = sector[:, None] + 6 * f  # hue in sixths of the circle
+    k = (sector + x.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6  # (B, 3, H, W): HSV to RGB in one formula
+    return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
+
+def gaussian_blur(x, sigma, radius=4):
+    """Blur (B, C, S, S) by sigma (B,) pixels, kernel 2 radius + 1, reflected borders, as two matrix products."""
+    s = x.shape[-1]
+    i, j = torch.arange(s, device=x.device)[:, None], torch.arange(s, device=x.device)
+
+    def tap(d):  # (S, S) distances -> (B, S, S)
+        return torch.exp(-(d**2) / (2 * sigma[:, None, None] ** 2)) * (d.abs() <= radius)
+
+    k = tap(i - j) + tap(i + j) * (j > 0) + tap(2 * (s - 1) - j - i) * (j < s - 1)  # the pixel and its mirror images
+    k = (k / k.sum(-1, keepdim=True))[:, None]
+    return k @ x @ k.mT
+
+def augment(images, sizes, view, out):
+    """One view of a batch: uint8 (B, C, H, W) to float (B, C, out, out) in [0, 1], with parameters of draw_view.
+    The same parameters on a denoised batch give its paired crops. Channels other than 3: no hue, saturation, grey
+    or solarise. Order: crop and flip, jitter in each image's own order, grey, blur, solarise."""
+    def apply(where, f):
+        where = where.nonzero()[:, 0]
+        if len(where):
+            on_device = where.to(x.device)
+            x[on_device] = f(x[on_device], where)
+
+    rgb = images.shape[1] == 3
+    x = resample(images.float(), sizes, view["boxes"], view["flip"], out, top=255.0) / 255
+    adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)[:4 if rgb else 2]
+    for turn in range(4):
+        for k, f in enumerate(adjust):
+            apply(view["jitter"] & (view["order"][:, turn] == k),
+                  lambda y, where, f=f, k=k: f(y, view["factors"][where, k].to(x.device)[:, None, None, None]))
+    if rgb:
+        apply(view["grey"], lambda y, _: luma(y).expand_as(y))
+    apply(view["blur"], lambda y, where: gaussian_blur(y, view["sigma"][where].to(x.device)))
+    if rgb:
+        apply(view["solarize"], lambda y, _: torch.where(y >= 0.5, 1 - y, y))
+    return x
+
+def draw_masks(crops, grid, gen, ratio=(0.1, 0.5), p=0.5, least=4, aspect=(0.3, 1 / 0.3), rounds=30):
+    """iBOT's block-wise masks for `crops` crops of grid = (rows, columns) patches: bool (crops, rows * columns).
+    A share p of the crops is masked, their ratios stratified over `ratio`; blocks of at least `least` patches and of
+    log-uniform aspect are added until the number is reached, or `rounds` proposals: a crop may fall a few patches
+    short, but not below the lowest ratio. All crops in one batched rejection loop."""
+    rows, columns = grid
+    patches = rows * columns
+    n = int(crops * p)
+    low, high = math.ceil(ratio[0] * patches), int(ratio[1] * patches)
+    low, least = min(max(low, least), high), min(least, high)  # small grids: a block, but never more than the most
+    masks = torch.zeros(crops, rows, columns, dtype=torch.bool)
+    strata = (torch.arange(n) + torch.rand(n, generator=gen)) / n  # one uniform draw in each of n equal strata
+    goal = ((ratio[0] + strata * (ratio[1] - ratio[0])) * patches).round().clamp(low, high)
+    chosen = torch.randperm(crops, generator=gen)[:n]
+    mask = masks[chosen]  # (n, rows, columns)
+    r, c = torch.arange(rows)[:, None], torch.arange(columns)
+    for turn in range(100 * rounds):
+        left = goal - mask.sum((1, 2))
+        if not (left > (0 if turn < rounds else goal - low)).any():
+            break
+        u = torch.rand(4, n, generator=gen)
+        area = least + u[0] * (left - least).clamp(min=0)
+        shape = (math.log(aspect[0]) + u[1] * (math.log(aspect[1]) - math.log(aspect[0]))).exp()
+        h, w = (area * shape).sqrt().round().clamp(1, rows), (area / shape).sqrt().round().clamp(1, columns)
+        y, x = (u[2] * (rows - h + 1)).floor(), (u[3] * (columns - w + 1)).floor()
+        y, x, h, w = (v[:, None, None] for v in (y, x, h, w))
+        block = (r >= y) & (r < y + h) & (c >= x) & (c < x + w)
+        new = (block & ~mask).sum((1, 2))
+        fits = (new > 0) & (new <= left) & (block.sum((1, 2)) >= least)
+        mask |= block & fits[:, None, None]
+    masks[chosen] = mask
+    return masks.flatten(1)
+
+# ==== ViT: state-dict keys of DINOv2 and timm =======================================================================
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, mlp_ratio, init_values, drop_path):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.attn, hidden = Attention(dim, num_heads), int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.full((dim,), init_values)}) for _ in range(2))
+        self.drop_path = drop_path
+
+    def drop(self, x, u):
+        """Stochastic depth: in training, drop the branch of a sample where u (B,) < drop_path; mean kept."""
+        if not self.training or self.drop_path == 0:
+            return x
+        u = torch.rand(len(x), device=x.device) if u is None else u
+        return x * (u >= self.drop_path)[:, None, None] / (1 - self.drop_path)
+
+    def forward(self, x, u=(None, None)):
+        x = x + self.drop(self.ls1["gamma"] * self.attn(self.norm1(x)), u[0])
+        return x + self.drop(self.ls2["gamma"] * self.mlp(self.norm2(x)), u[1])
+
+@functools.lru_cache
+def resize_matrix(old, new, device):
+    """Bicubic resizing (no antialias) of a grid old = (h, w) to new as one matrix (new, old): exact, deterministic."""
+    with torch.inference_mode(False):  # the cached matrix also serves training
+        basis = torch.eye(old[0] * old[1], device=device).reshape(-1, 1, *old)
+        return F.interpolate(basis, size=new, mode="bicubic", align_corners=False).reshape(len(basis), -1).T
+
+def resize_pos_embed(pos_embed, new, prefix=1):
+    """Position embedding (1, prefix + h h, D) of a square grid to one of new = (rows, columns)."""
+    old = math.isqrt(pos_embed.shape[1] - prefix)
+    if (old, old) == tuple(new):
+        return pos_embed
+    with torch.autocast(pos_embed.device.type, enabled=False):
+        patches = resize_matrix((old, old), tuple(new), pos_embed.device) @ pos_embed[0, prefix:].float()
+    return torch.cat([pos_embed[:, :prefix], patches[None]], 1)
+
+class VisionTransformer(nn.Module):
+    """ViT with LayerScale. `model(x)`: (B, C, H, W) to normed class tokens (B, D); H and W multiples of patch_size.
+    `forward_features(x, masks)` gives {'cls': (B, D), 'patches': (B, N, D)}, both normed; masks (B, N) bool puts the
+    mask token in place of patches before the position embedding is added."""
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0,
+                 init_values=1e-5, drop_path=0.0, registers=0):
+        super().__init__()
+        self.patch_size, self.embed_dim = patch_size, embed_dim
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 1e-6) if registers else None
+        blocks = (Block(embed_dim, num_heads, mlp_ratio, init_values, drop_path) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        self.apply(init_linear)
+
+    def tokens(self, x, masks=None):
+        """Images (B, C, H, W) to the blocks' input (B, 1 + registers + N, D)."""
+        if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+            raise ValueError(f"image of {tuple(x.shape[2:])} pixels is no multiple of the patch size {self.patch_size}")
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, N, D)
+        if masks is not None:
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + resize_pos_embed(self.pos_embed, grid)
+        if self.register_tokens is not None:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+        return x
+
+    def split(self, x):
+        """Normed tokens (B, 1 + registers + N, D) of the blocks' output x."""
+        x = self.norm(x)
+        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
+        return {"cls": x[:, 0], "patches": x[:, 1 + registers:]}
+
+    def last_layers(self, x, n=1, masks=None, drop=None):
+        """forward_features after each of the last n blocks, the last one first; drop: uniform numbers (2 depth, B)
+        that decide the drop path, drawn here if not given."""
+        x, outputs = self.tokens(x, masks), []
+        for i, block in enumerate(self.blocks):
+            x = block(x) if drop is None else block(x, drop[2 * i:2 * i + 2])
+            outputs = [x, *outputs[:n - 1]]
+        return [self.split(y) for y in outputs]
+
+    def forward_features(self, x, masks=None, drop=None):
+        return self.last_layers(x, 1, masks, drop)[0]
+
+    def forward(self, x):
+        return self.forward_features(x)["cls"]
+
+def init_linear(module):
+    """DINOv2's initialisation: truncated normal 0.02, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+ARCHS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
+
+def make_vit(arch, patch_size=16, **kw):
+    """arch: a name of ARCHS, or 'WIDTH,DEPTH,HEADS'; kw: VisionTransformer's. Raises UserError."""
+    try:
+        dim, depth, heads = ARCHS.get(arch) or (int(v) for v in arch.split(","))
+        if min(dim, depth, heads) < 1 or dim % heads:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--arch {arch}: use one of {', '.join(ARCHS)}, or WIDTH,DEPTH,HEADS: 128,4,4") from None
+    return VisionTransformer(patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads, **kw)
+
+vit_tiny = functools.partial(make_vit, "vit_tiny")
+vit_small = functools.partial(make_vit, "vit_small")
+vit_base = functools.partial(make_vit, "vit_base")
+vit_large = functools.partial(make_vit, "vit_large")
+
+# ==== head and losses: softmax, cross-entropy and KoLeo in float32, whatever the autocast ===========================
+STUDENT_TEMP = 0.1  # DINOv2 default
+
+class DINOHead(nn.Module):
+    """Tokens (..., in_dim) to prototype logits (..., out_dim): three-layer MLP, L2 normalise, weight-normed linear."""
+    def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, bottleneck_dim))
+        self.apply(init_linear)
+        self.last_layer = nn.ParameterDict({"weight_g": torch.ones(out_dim, 1),  # keys of torch's weight_norm
+                                            "weight_v": torch.empty(out_dim, bottleneck_dim)})
+        nn.init.trunc_normal_(self.last_layer["weight_v"], std=0.02)
+
+    def forward(self, x):
+        rows = self.last_layer["weight_g"] * F.normalize(self.last_layer["weight_v"], dim=1)
+        return F.linear(F.normalize(self.mlp(x).float(), dim=-1), rows)
+
+def softmax_center(logits, center, temp):
+    """Teacher targets (M, K): softmax((logits - centre) / temp)."""
+    return F.softmax((logits.float() - center) / temp, dim=-1)
+
+def update_center(center, logits, momentum=0.9):
+    """EMA of the mean teacher output over the rows of all processes: (1, K). After the targets were made."""
+    total = logits.float().sum(0, keepdim=True)
+    count = all_reduce(total.new_tensor([float(len(logits))]))
+    return torch.where(count > 0, center * momentum + all_reduce(total) / count.clamp(min=1) * (1 - momentum), center)
+
+def sinkhorn(logits, temp, iterations=3):
+    """Sinkhorn-Knopp targets (M, K): rows sum to 1, prototypes used equally; rows of all processes; in log space."""
+    log_q = logits.float() / temp
+    for _ in range(iterations):
+        most = F.pad(log_q, (0, 0, 0, 1), value=-1e30).amax(0, keepdim=True)  # also where this process has no row
+        most = all_reduce(most, "MAX")
+        log_q = log_q - most - all_reduce((log_q - most).exp().sum(0, keepdim=True)).log()
+        log_q = F.log_softmax(log_q, dim=-1)
+    return log_q.exp()
+
+def cross_entropy(targets, logits):
+    """H(targets, softmax(logits / student temperature)) per row: (..., K), (..., K) to (...)."""
+    return -(targets * F.log_softmax(logits.float() / STUDENT_TEMP, dim=-1)).sum(-1)
+
+def dino_loss(student_logits, targets):
+    """Cross-view class-token loss (DINOv2). student_logits: list of (B, K), the two global crops first, then the
+    locals; targets (2, B, K), one per global view. Sum over the pairs of different views, divided by their number."""
+    pairs = [(t, s) for t in range(len(targets)) for s in range(len(student_logits)) if s != t]
+    return sum(cross_entropy(targets[t], student_logits[s]).mean() for t, s in pairs) / len(pairs)
+
+def ibot_loss(student_logits, targets, weights, n_crops):
+    """Masked-patch loss (iBOT). (M, K), (M, K), weights (M,) = 1 / masked patches of the row's crop; n_crops = 2B."""
+    return (weights * cross_entropy(targets, student_logits)).sum() / n_crops
+
+def koleo_loss(x):
+    """-mean log distance to the nearest neighbour of L2-normalised rows (B, D), one view; in float32. 0 if alone."""
+    if len(x) < 2:
+        return x.sum() * 0.0
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=-1, eps=1e-8)
+        with torch.no_grad():
+            nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)
+        return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+
+def anchor_loss(student_logits, student_patches, targets, patch_targets, weights, n_crops):
+    """Denoised-teacher anchor (section 3.3): (DINO, iBOT) of the student on noisy crops against a frozen teacher's
+    targets on the same crops denoised. Same pairs, divisors and masks as the live losses; no KoLeo."""
+    return dino_loss(student_logits, targets), ibot_loss(student_patches, patch_targets, weights, n_crops)
+
+# ==== schedules and parameter groups ================================================================================
+def cosine(step, base, final, total, warmup=0, start=0.0):
+    """Value at `step`: linear from start to base over `warmup` steps, then a cosine to final at `total`, then final."""
+    if step >= total:
+        return final
+    if step < warmup:
+        return start + (base - start) * step / max(1, warmup - 1)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+def param_multipliers(name, depth, layer_decay=0.9, patch_embed_mult=0.2):
+    """(learning-rate multiplier, weight-decay multiplier) of a backbone parameter; the final norm's rate is whole."""
+    layer = depth + 1
+    if name.startswith(("cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed")):
+        layer = 0
+    elif name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1
+    lr = layer_decay ** (depth + 1 - layer) * (patch_embed_mult if name.startswith("patch_embed") else 1)
+    return lr, 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 1.0
+
+def param_groups(backbone, head, layer_decay=0.9, patch_embed_mult=0.2):
+    """AdamW groups of parameters with the same multipliers; 'last' marks the head's freezable last layer."""
+    groups = {}
+    named = [(*param_multipliers(n, len(backbone.blocks), layer_decay, patch_embed_mult), False, p)
+             for n, p in backbone.named_parameters()]
+    named += [(1.0, 0.0 if n.endswith("bias") else 1.0, "last_layer" in n, p) for n, p in head.named_parameters()]
+    for lr, wd, last, p in named:
+        groups.setdefault((lr, wd, last), []).append(p)
+    return [{"params": p, "lr_mult": lr, "wd_mult": wd, "last": last} for (lr, wd, last), p in groups.items()]
+
+# ==== runtime: processes, precision, checkpoints, logs, signals, flags ==============================================
+now = time.perf_counter
+EXIT_STOPPED = 75  # a signal came: saved, the same command goes on (sysexits' EX_TEMPFAIL)
+
+def world():
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def setup(device="auto"):
+    """Join the processes of torchrun, if any, and pick the device. Raises UserError. Gives torch.device."""
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's own protocol
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"more processes than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+def all_reduce(x, op="SUM"):
+    """x reduced over the processes; x itself where there is one."""
+    if world()[1] > 1:
+        x = x.contiguous()
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x
+
+def gather_rows(x):
+    """Rows (B, ...) of all processes in rank order (world * B, ...); only this process's rows carry a gradient."""
+    rank, size = world()
+    rows = [torch.empty_like(x) for _ in range(size)]
+    if size > 1:
+        dist.all_gather(rows, x.detach().contiguous())
+    rows[rank] = x
+    return torch.cat(rows)
+
+def share(n):
+    """This process's slice of n rows. Raises UserError where they do not divide."""
+    rank, size = world()
+    if n % size:
+        raise UserError(f"--batch_size {n} does not divide by the number of processes, {size}")
+    return slice(rank * n // size, (rank + 1) * n // size)
+
+def generator(*key):
+    """CPU generator keyed by (seed, phase, epoch, step, ...): random draws need no saved state."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([len(key), *key]).generate_state(1)[0]))
+
+def autocast(device, amp):
+    """(autocast context factory, gradient scaler: the identity but for fp16) of --amp auto, bf16, fp16 or off."""
+    if amp == "auto":
+        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16: needs a GPU; use --amp bf16 or --amp off on a CPU")
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    context = nullcontext if amp == "off" else functools.partial(torch.autocast, device.type, kinds[amp])
+    return context, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+def write_atomic(path, write, sync=True):
+    """write(file) into a temporary file beside path, flush, rename: path is whole or untouched. Raises UserError."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise UserError(f"{path}: cannot be written ({error}); what was there before is intact") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+def write_json(path, data):
+    write_atomic(path, lambda f: f.write((json.dumps(data, indent=1) + "\n").encode()))
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+def save_checkpoint(path, state):
+    """Atomic; the checkpoint before stays beside it as NAME.previous."""
+    new, previous = f"{path}.new", f"{path}.previous"
+    write_atomic(new, lambda f: torch.save(state, f))
+    if os.path.exists(path):
+        os.replace(path, previous)
+    os.replace(new, path)
+
+def load_checkpoint(path, required=True):
+    """State saved by save_checkpoint, on the CPU, without running code in it; the one before where this is damaged.
+    None where there is none and required is False. Raises UserError."""
+    problem = None
+    for candidate in (path, f"{path}.previous"):
+        if os.path.exists(candidate):
+            try:
+                state = torch.load(candidate, map_location="cpu", weights_only=True)
+                if problem:
+                    print(f"warning: {problem}; going on from {candidate}", file=sys.stderr)
+                return state
+            except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
+                reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+                problem = problem or f"{candidate}: cannot be loaded ({reason})"
+    if problem or required:
+        raise UserError(f"{problem}; move it away to start anew" if problem else f"{path}: no such checkpoint")
+    return None
+
+def check_config(saved, now, free, where):
+    """A run goes on only with the settings it was started with. Raises UserError naming each field that differs."""
+    changed = [k for k in sorted(set(saved) | set(now)) if k not in free and saved.get(k) != now.get(k)]
+    if changed:
+        raise UserError(f"{where} holds a run with other settings; use the same flags or another --out: "
+                        + ", ".join(f"--{k} {saved.get(k)} (now {now.get(k)})" for k in changed))
+
+def read_log(path):
+    """Records of a log.jsonl, [] where there is none; a line cut short by a crash is passed over."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+class Loop:
+    """The clockwork of training: progress bar, log.jsonl, losses kept on the device, checkpoints, signals. SIGTERM,
+    SIGINT and SIGUSR1 stop all processes after the step, saved. save() writes the checkpoint; it runs on rank 0."""
+    def __init__(self, args, total, step, seconds, save):
+        self.args, self.step, self.save, self.losses, self.asked = args, step, save, [], False
+        self.began, self.saved, self.logged = now() - seconds, now(), (step, now())
+        self.path = Path(args.out) / "log.jsonl"
+        if world()[0] == 0:  # on resume the lines after the checkpoint are dropped
+            kept = [json.dumps(r) + "\n" for r in read_log(self.path) if r["step"] <= step]
+            write_atomic(self.path, lambda f: f.write("".join(kept).encode()))
+        self.bar = tqdm(total=total, initial=step, disable=world()[0] > 0 or None, unit="step")
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(s, lambda *_: setattr(self, "asked", True))
+
+    def means(self):
+        """Means over steps and processes of the losses since the last reading; only here we wait for the device.
+        Raises UserError at the first term that is not finite."""
+        if not self.losses:
+            return {}
+        names, first = list(self.losses[0]), self.step - len(self.losses) + 1
+        values = torch.stack([torch.stack(list(terms.values())).float() for terms in self.losses])  # (steps, terms)
+        values, self.losses = (all_reduce(values) / world()[1]).cpu(), []
+        for i, good in enumerate(values.isfinite()):
+            if not good.all():
+                bad = [n for n, g in zip(names, good, strict=True) if not g][-1]
+                raise UserError(f"loss term {bad} is not finite at step {first + i}; the last good checkpoint is kept; "
+                                "use a lower --lr, or --amp off")
+        return dict(zip(names, values.mean(0).tolist(), strict=True))
+
+    def tick(self, losses, batch, record):
+        """After a step of `batch` images: losses, a dict of scalar tensors; record: what else a log line holds.
+        True after a signal: saved, leave with EXIT_STOPPED."""
+        self.losses.append({k: v.detach() for k, v in losses.items()})
+        self.step += 1
+        self.bar.update()
+        if self.step % self.args.log_steps == 0:
+            line = {"step": self.step, **self.means(), **record, "seconds": now() - self.began,
+                    "images_s": (self.step - self.logged[0]) * batch / (now() - self.logged[1])}
+            self.logged = self.step, now()
+            self.bar.set_postfix({k: f"{line[k]:.3g}" for k in ("total", "entropy", "rank", "images_s") if k in line})
+            if world()[0] == 0:
+                line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+        due = now() - self.saved > 60 * self.args.save_minutes
+        stop, due = all_reduce(torch.tensor([float(self.asked), float(due)]), "MAX").bool().tolist()
+        if stop or due:
+            self.checkpoint(f"stopped at step {self.step}, saved; the same command goes on" if stop else "")
+        return stop
+
+    def checkpoint(self, text=""):
+        """Save, unless a loss was not finite."""
+        self.means()
+        if world()[0] == 0:
+            self.save(now() - self.began)
+        self.saved = now()
+        if text:
+            say(f"{Path(self.args.out).name}: {text}, {now() - self.began:.0f} s")
+
+def say(*text):
+    """print on rank 0, above any progress bar."""
+    if world()[0] == 0:
+        tqdm.write(" ".join(map(str, text)))
+
+def floats(text):
+    """'10,5' -> [10.0, 5.0], a flag's type."""
+    return [float(v) for v in text.split(",")]
+
+FREE = {"out", "preset", "device", "amp", "workers", "cache_gb", "log_steps", "save_minutes"}  # change no result
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the flags of every stage and presets: `--preset NAME` sets defaults that flags override. Unknown
+    flags are errors. `add(group, flag, default, help)`: one flag a field, its type the default's."""
+    def __init__(self, doc, presets):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.presets, self.groups, running = presets, {}, "running (changes no result but rounding)"
+        self.add("data", "--preset", "demo", "a set of defaults; flags override it", choices=presets)
+        self.add("data", "--data", "", "folder of images, or DIR with train/ and val/", required=True)
+        self.add("data", "--out", "", "what to write", required=True)
+        self.add("data", "--noise", "none", "synthetic noise: gauss100, shot3 ...; none: the images are noisy already")
+        self.add("data", "--noise_seed", 0, "base seed of the noise; the same in every stage")
+        self.add("data", "--seed", 0, "of everything but the noise")
+        self.add(running, "--device", "auto", "cuda, cuda:1, cpu")
+        self.add(running, "--amp", "auto", "autocast; auto: bf16 on GPUs that have it, else fp16, off on a CPU",
+                 choices=["auto", "bf16", "fp16", "off"])
+        self.add(running, "--workers", min(16, os.cpu_count() or 1), "decoding workers of each process")
+        self.add(running, "--cache_gb", 4.0, "sets up to this size are decoded once and kept on the device")
+        self.add(running, "--log_steps", 10, "steps between two lines of log.jsonl")
+        self.add(running, "--save_minutes", 10.0, "between two checkpoints; one at every epoch's end too")
+
+    def add(self, group, flag, default, text, **kw):
+        if group not in self.groups:
+            self.groups[group] = self.add_argument_group(group)
+        if isinstance(default, bool):
+            kw |= {"action": argparse.BooleanOptionalAction}
+        else:
+            kw = {"type": str if default is None else type(default)} | kw
+            text += "" if kw.get("required") else f" (default {default})"
+        self.groups[group].add_argument(flag, default=default, help=text.replace("%", "%%"), **kw)
+
+    def read(self, argv=None, positive=("log_steps",)):
+        """The flags with the preset's defaults. Raises UserError for negative numbers, and for 0 in `positive`."""
+        preset = self.parse_known_args(argv)[0].preset
+        self.set_defaults(**self.presets[preset])
+        args = self.parse_args(argv)
+        for name, value in vars(args).items():
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf or name in positive and not value:
+                raise UserError(f"--{name} {value}: must be {'more than' if name in positive else 'at least'} 0")
+        return args
+
+def run(main):
+    """Call main(); bad input ends with one line and exit code 2, without a traceback."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+        if dist.is_initialized():
+            os._exit(code)  # the other processes may wait in a collective: do not wait for them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
