@@ -25,12 +25,14 @@ from common import UserError
 
 # ==== config: presets are defaults that flags override ==============================================================
 
+# short runs of a narrow ViT: a high rate for every layer, LayerScale 1 and a sharp teacher, or nothing is learnt in time
 SMALL = {"arch": "128,4,4", "patch_size": 16, "global_size": 64, "local_size": 32, "local_crops": 2, "batch_size": 64,
-         "prototypes": 512, "head_hidden": 256, "head_bottleneck": 64, "lr": 0.002, "momentum": 0.99,
-         "ibot_weight": 0.5, "warmup_epochs": "2", "teacher_temp_warmup_epochs": "6"}
+         "prototypes": 512, "head_hidden": 256, "head_bottleneck": 64, "layer_scale": 1.0, "lr": 0.008,
+         "layer_decay": 1.0, "patch_embed_lr": 1.0, "momentum": 0.99, "teacher_temp": 0.04, "ibot_weight": 0.5,
+         "warmup_epochs": "2", "teacher_temp_warmup_epochs": "0"}
 PRESETS = {
-    "demo": {**SMALL, "epochs": 10, "switch": 6},
-    "tiny": {**SMALL, "epochs": 30, "switch": 20, "warmup_epochs": "3"},
+    "demo": {**SMALL, "epochs": 16, "switch": 10},
+    "tiny": {**SMALL, "epochs": 20, "switch": 12},
     "imagenet100": {"epochs": 200, "switch": 140, "batch_size": 40},  # the paper's tables; the rest are the flags' own
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "switch": 30, "batch_size": 512, "drop_path": 0.1,
                    "warmup_epochs": "10,5", "teacher_temp_warmup_epochs": "30,15"},
@@ -88,8 +90,8 @@ def read_config(argv=None):
     opt("--ibot_weight", 1.0, "weight of the masked-patch loss")
     opt("--koleo_weight", 0.1, "weight of the nearest-neighbour spreading loss")
     add("running (changes no result but rounding)", "--compile", False, "slow start, faster on GPUs")
-    args = parser.read(argv, "batch_size patch_size prototypes log_steps head_hidden head_bottleneck lr global_size "
-                             "local_size clip teacher_temp".split())
+    args = parser.read(argv, ("batch_size", "patch_size", "prototypes", "log_steps", "head_hidden", "head_bottleneck",
+                              "lr", "global_size", "local_size", "clip", "teacher_temp"))
     if args.curriculum is None:
         args.curriculum = ARMS[args.arm].format(epochs=args.epochs, switch=args.switch, rest=args.epochs - args.switch)
         if args.anchor is None:

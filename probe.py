@@ -284,8 +284,8 @@ def report(out):
         table.append(f"| {arm} | {len(r)} | " + " | ".join(cells) + " |")
     text = [f"# {out.name}", "",
             f"{first['classes']} classes, {first['train']} training and {first['val']} validation images, noise "
-            f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, on the "
-            "noisy validation set unless said; mean ± standard deviation over seeds; fixed last step, nothing selected "
+            f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, on "
+            "the noisy validation set unless said; mean ± standard deviation over seeds; fixed last step, nothing selected "
             "on val. The arm `denoised` needs its denoiser at test time, the others do not.", "", *table, ""]
     if first.get("sweep"):
         specs = [s["noise"] for s in first["sweep"]]

@@ -33,6 +33,9 @@ while [ $# -gt 0 ]; do
   esac
 done
 
+# OpenMP threads that wait by spinning slow a shared machine down many times over
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
 # ==== environment: this python if it has the packages (an accelerator's own torch is used as it is), else .venv ====
 has() { "$1" -c "import $2" >/dev/null 2>&1; }
 packages="torch, numpy, tqdm, PIL"
