@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -34,8 +35,8 @@ NOISES = {}  # name -> (function, inverse, most)
 
 def noise(name, inverse=False, most=math.inf):
     """Register a noise model `f(x, level, rng) -> x with noise`.
-    x: float32 (H, W, C) in [0, 1]; level: the number in the spec; rng: a numpy Generator of this image. The result is
-    clipped later. inverse: a smaller level is worse. most: the largest level that makes sense."""
+    x: float32 (H, W, C) in [0, 1], clipped later; level: the number in the spec; rng: numpy Generator of this image.
+    inverse: a smaller level is worse. most: the largest level that makes sense."""
     return lambda function: NOISES.setdefault(name, (function, inverse, most))[0]
 
 @noise("gauss")  # level: sigma on the 0-255 scale
@@ -63,16 +64,13 @@ def parse_noise(spec):
     Raises UserError for an unknown name or a level that is not a positive number."""
     if spec == "none":
         return None
-    name = max((n for n in NOISES if spec.startswith(n)), key=len, default=None)
-    if name is None:
-        raise UserError(f"--noise {spec}: unknown noise; use none or one of {', '.join(NOISES)} with a level: gauss100")
-    try:
-        low, high = (float(v) for v in (spec[len(name):].split("-") * 2)[:2])
-    except ValueError:
-        low = high = math.nan
-    if not (0 < low <= high <= NOISES[name][2] and math.isfinite(high)) or spec.count("-") > 1:
-        limit = f" up to {NOISES[name][2]:g}" if math.isfinite(NOISES[name][2]) else ""
-        raise UserError(f"--noise {spec}: the level must be a positive number{limit}, or a range: {name}0.5-1")
+    names = "|".join(sorted(NOISES, key=len, reverse=True))
+    match = re.fullmatch(rf"({names})(\d*\.?\d+)(?:-(\d*\.?\d+))?", spec)
+    if not match:
+        raise UserError(f"--noise {spec}: unknown; use none, or a level of {', '.join(NOISES)}: gauss100")
+    name, low, high = match[1], float(match[2]), float(match[3] or match[2])
+    if not 0 < low <= high <= NOISES[name][2]:
+        raise UserError(f"--noise {spec}: levels must be more than 0, up to {NOISES[name][2]:g}, the lower one first")
     return name, low, high
 
 def noise_draw(spec, key, seed=0):
@@ -97,8 +95,8 @@ SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in Image.OP
 READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 def unreadable(path, error):
-    reason = "empty file" if path.is_file() and path.stat().st_size == 0 else error
-    return UserError(f"{path}: not a readable image ({reason}); repair it or move it out of the folder")
+    error = "empty file" if path.is_file() and path.stat().st_size == 0 else error
+    return UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder")
 
 def is_grey(image):
     return image.mode[0] in "1LIF" and image.mode != "LAB"
@@ -231,19 +229,16 @@ class Folder:
 
     def labels(self):
         """Class name of each image: the folder below the split."""
-        parts = [p.split("/") for p in self.paths]
-        if any(len(p) < 3 for p in parts):
+        if any(p.count("/") < 2 for p in self.paths):
             raise UserError(f"{self.data}: labels need a folder a class: train/<class>/ and val/<class>/")
-        return [p[1] for p in parts]
+        return [p.split("/")[1] for p in self.paths]
 
     def stats(self, most=2000):
         """Per-channel mean and standard deviation of the noisy images in [0, 1], from up to `most` of them."""
         picks = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
-
         def moments(i):  # (3, C): pixels, sum, sum of squares
             x = self.read(i).reshape(-1, self.channels) / 255.0
             return np.stack([np.full(self.channels, len(x)), x.sum(0), (x * x).sum(0)])
-
         with ThreadPoolExecutor() as pool:
             count, first, second = sum(pool.map(moments, picks))
         mean = first / count
@@ -305,20 +300,16 @@ def draw_boxes(sizes, scale, gen, aspect=(3 / 4, 4 / 3), tries=10):
     ratio = torch.empty_like(area).uniform_(*map(math.log, aspect), generator=gen).exp()
     w, h = (area * ratio).sqrt().round().clamp(min=1), (area / ratio).sqrt().round().clamp(min=1)  # (B, tries)
     fits = (w <= width) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    w = torch.where(fits.any(1, keepdim=True), w.gather(1, first), width.minimum((height * aspect[1]).round()))
-    h = torch.where(fits.any(1, keepdim=True), h.gather(1, first), height.minimum((width / aspect[0]).round()))
-    place = torch.rand(2, len(sizes), 1, dtype=torch.double, generator=gen)
-    place = torch.where(fits.any(1, keepdim=True), place, torch.tensor(0.5, dtype=torch.double))
+    first, found = fits.int().argmax(1, keepdim=True), fits.any(1, keepdim=True)
+    w = torch.where(found, w.gather(1, first), width.minimum((height * aspect[1]).round()))
+    h = torch.where(found, h.gather(1, first), height.minimum((width / aspect[0]).round()))
+    place = torch.rand(2, len(sizes), 1, dtype=torch.double, generator=gen).where(found, torch.tensor(0.5).double())
     top, left = (place[0] * (height - h + 1)).floor(), (place[1] * (width - w + 1)).floor()
     return torch.cat([top, left, h, w], 1)
 
 def draw_view(sizes, scale, gen, blur_p, solarize_p=0.0, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey_p=0.2):
     """All random parameters of one view of B images (DINOv2's augmentation): dict of CPU tensors (B, ...)."""
-    def chance(p):
-        return torch.rand(n, generator=gen) < p
-
-    n = len(sizes)
+    n, chance = len(sizes), lambda p: torch.rand(len(sizes), generator=gen) < p
     factors = (torch.rand(n, 4, generator=gen) * 2 - 1) * torch.tensor(jitter)  # brightness, contrast, saturation, hue
     factors += torch.tensor([1.0, 1.0, 1.0, 0.0])
     return {"boxes": draw_boxes(sizes, scale, gen), "flip": chance(0.5), "jitter": chance(jitter_p), "factors": factors,
@@ -347,8 +338,7 @@ def resample(images, sizes, boxes, flips, out, top=None):
     images (B, C, H, W) float, padded right and below; sizes (B, 2) height, width of each; boxes (B, 4) top, left,
     height, width; flips (B,) bool. Gives (B, C, out, out). top: the largest value, at which Pillow clips after each
     pass; by default 255 where the images exceed 1, else 1."""
-    if top is None:
-        top = 255.0 if images.max() > 1 else 1.0
+    top = top or (255.0 if images.max() > 1 else 1.0)
     sizes, boxes, flips = (v.to(images.device) for v in (sizes, boxes, flips))
     rows = bicubic_weights(sizes[:, 0], boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), out, images.shape[2])
     columns = bicubic_weights(sizes[:, 1], boxes[:, 1], boxes[:, 3], flips, out, images.shape[3])
@@ -385,10 +375,8 @@ def gaussian_blur(x, sigma, radius=4):
     """Blur (B, C, S, S) by sigma (B,) pixels, kernel 2 radius + 1, reflected borders, as two matrix products."""
     s = x.shape[-1]
     i, j = torch.arange(s, device=x.device)[:, None], torch.arange(s, device=x.device)
-
     def tap(d):  # (S, S) distances -> (B, S, S)
         return torch.exp(-(d**2) / (2 * sigma[:, None, None] ** 2)) * (d.abs() <= radius)
-
     k = tap(i - j) + tap(i + j) * (j > 0) + tap(2 * (s - 1) - j - i) * (j < s - 1)  # the pixel and its mirror images
     k = (k / k.sum(-1, keepdim=True))[:, None]
     return k @ x @ k.mT
@@ -402,7 +390,6 @@ def augment(images, sizes, view, out):
         if len(where):
             on_device = where.to(x.device)
             x[on_device] = f(x[on_device], where)
-
     rgb = images.shape[1] == 3
     x = resample(images.float(), sizes, view["boxes"], view["flip"], out, top=255.0) / 255
     adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)[:4 if rgb else 2]
@@ -572,10 +559,7 @@ def make_vit(arch, patch_size=16, **kw):
         raise UserError(f"--arch {arch}: use one of {', '.join(ARCHS)}, or WIDTH,DEPTH,HEADS: 128,4,4") from None
     return VisionTransformer(patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads, **kw)
 
-vit_tiny = functools.partial(make_vit, "vit_tiny")
-vit_small = functools.partial(make_vit, "vit_small")
-vit_base = functools.partial(make_vit, "vit_base")
-vit_large = functools.partial(make_vit, "vit_large")
+vit_tiny, vit_small, vit_base, vit_large = (functools.partial(make_vit, arch) for arch in ARCHS)
 
 # ==== head and losses: softmax, cross-entropy and KoLeo in float32, whatever the autocast ===========================
 STUDENT_TEMP = 0.1  # DINOv2 default
@@ -640,8 +624,8 @@ def koleo_loss(x):
         return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
 
 def anchor_loss(student_logits, student_patches, targets, patch_targets, weights, n_crops):
-    """Denoised-teacher anchor (section 3.3): (DINO, iBOT) of the student on noisy crops against a frozen teacher's
-    targets on the same crops denoised. Same pairs, divisors and masks as the live losses; no KoLeo."""
+    """Anchor: (DINO, iBOT) of the student on noisy crops against a frozen teacher's targets on the same crops denoised.
+    Same pairs, divisors and masks as the live losses; no KoLeo."""
     return dino_loss(student_logits, targets), ibot_loss(student_patches, patch_targets, weights, n_crops)
 
 # ==== schedules and parameter groups ================================================================================
@@ -678,8 +662,7 @@ now = time.perf_counter
 EXIT_STOPPED = 75  # a signal came: saved, the same command goes on (sysexits' EX_TEMPFAIL)
 
 def world():
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)  # rank, processes
 
 def setup(device="auto"):
     """Join the processes of torchrun, if any, and pick the device. Raises UserError. Gives torch.device."""
@@ -688,8 +671,8 @@ def setup(device="auto"):
         raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's own protocol
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"more processes than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+        if local >= (count := torch.cuda.device_count()):
+            raise UserError(f"more processes than the {count} GPUs of this machine; lower --nproc_per_node")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
@@ -698,9 +681,8 @@ def setup(device="auto"):
     return torch.device(device)
 
 def all_reduce(x, op="SUM"):
-    """x reduced over the processes; x itself where there is one."""
+    """x reduced over the processes, in place; x itself where there is one."""
     if world()[1] > 1:
-        x = x.contiguous()
         dist.all_reduce(x, getattr(dist.ReduceOp, op))
     return x
 
@@ -728,8 +710,8 @@ def autocast(device, amp):
     """(autocast context factory, gradient scaler: the identity but for fp16) of --amp auto, bf16, fp16 or off."""
     if amp == "auto":
         amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16: needs a GPU; use --amp bf16 or --amp off on a CPU")
+    if amp not in ("bf16", "off", "fp16"[:4 * (device.type != "cpu")]):
+        raise UserError(f"--amp {amp}: must be auto, bf16 or off, or on a GPU fp16")
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     context = nullcontext if amp == "off" else functools.partial(torch.autocast, device.type, kinds[amp])
     return context, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -784,7 +766,6 @@ def load_checkpoint(path, required=True):
                 problem = problem or f"{candidate}: cannot be loaded ({reason})"
     if problem or required:
         raise UserError(f"{problem}; move it away to start anew" if problem else f"{path}: no such checkpoint")
-    return None
 
 def check_config(saved, now, free, where):
     """A run goes on only with the settings it was started with. Raises UserError naming each field that differs."""
@@ -858,13 +839,11 @@ class Loop:
             say(f"{Path(self.args.out).name}: {text}, {now() - self.began:.0f} s")
 
 def say(*text):
-    """print on rank 0, above any progress bar."""
     if world()[0] == 0:
-        tqdm.write(" ".join(map(str, text)))
+        tqdm.write(" ".join(map(str, text)))  # above any progress bar
 
 def floats(text):
-    """'10,5' -> [10.0, 5.0], a flag's type."""
-    return [float(v) for v in text.split(",")]
+    return [float(v) for v in text.split(",")]  # '10,5' -> [10.0, 5.0], the type of a flag
 
 FREE = {"out", "preset", "device", "amp", "workers", "cache_gb", "log_steps", "save_minutes"}  # change no result
 
@@ -881,8 +860,7 @@ class Parser(argparse.ArgumentParser):
         self.add("data", "--noise_seed", 0, "base seed of the noise; the same in every stage")
         self.add("data", "--seed", 0, "of everything but the noise")
         self.add(running, "--device", "auto", "cuda, cuda:1, cpu")
-        self.add(running, "--amp", "auto", "autocast; auto: bf16 on GPUs that have it, else fp16, off on a CPU",
-                 choices=["auto", "bf16", "fp16", "off"])
+        self.add(running, "--amp", "auto", "bf16, fp16, off; auto: bf16 on GPUs that have it, else fp16, off on CPUs")
         self.add(running, "--workers", min(16, os.cpu_count() or 1), "decoding workers of each process")
         self.add(running, "--cache_gb", 4.0, "sets up to this size are decoded once and kept on the device")
         self.add(running, "--log_steps", 10, "steps between two lines of log.jsonl")
@@ -892,7 +870,7 @@ class Parser(argparse.ArgumentParser):
         if group not in self.groups:
             self.groups[group] = self.add_argument_group(group)
         if isinstance(default, bool):
-            kw |= {"action": argparse.BooleanOptionalAction}
+            kw["action"] = argparse.BooleanOptionalAction
         else:
             kw = {"type": str if default is None else type(default)} | kw
             text += "" if kw.get("required") else f" (default {default})"

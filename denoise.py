@@ -54,7 +54,6 @@ def read_config(argv=None):
     return args
 
 # ==== model: Noise2Noise's U-Net ====================================================================================
-
 class UNet(nn.Module):
     """Noisy (B, C, H, W) to denoised, same shape; H and W multiples of 2 ** depth. 1,259,475 weights at 3, 48, 5."""
 
@@ -97,7 +96,6 @@ class UNet(nn.Module):
         return self.last(x)
 
 # ==== Neighbor2Neighbor =============================================================================================
-
 # in a 2 x 2 cell numbered 0 1 / 2 3: the 8 ordered pairs of adjacent pixels (no diagonals)
 PAIRS = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [1, 3], [3, 1], [2, 3], [3, 2]])
 
@@ -144,7 +142,6 @@ def reflect(i, n):
     return torch.minimum(i, period - i).minimum(n - 1)
 
 # ==== application and quality =======================================================================================
-
 MARGIN = 160  # pixels of context around a tile: the U-Net's reach (157), rounded up to its largest pooling
 
 @torch.no_grad()
@@ -211,7 +208,6 @@ def quality(model, folder, device, context, most=32):
     return {k: round(sum(r[k] for r in rows) / len(rows), 3) for k in rows[0]}
 
 # ==== train =========================================================================================================
-
 def train(args, device):
     out, rank = Path(args.out), c.world()[0]
     config = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -291,7 +287,6 @@ def report(args, model, out, device, context):
               "denoised images of your own with --denoised, or noisy images at native resolution", file=sys.stderr)
 
 # ==== apply =========================================================================================================
-
 def encode(x):
     """uint8 (H, W, C) to (suffix, bytes): PNG, or .npy where PNG has no such number of channels."""
     buffer = io.BytesIO()
@@ -303,6 +298,8 @@ def encode(x):
 
 def apply(args, device):
     out, (rank, size) = Path(args.out), c.world()
+    if out.resolve() == Path(args.data).resolve():
+        raise UserError(f"--out {out}: is the data folder; name another one")
     model, state = load_denoiser(args.denoiser, device)
     config = state["config"]
     for k in ("noise", "noise_seed"):

@@ -3,9 +3,8 @@
     python pretrain.py --preset tiny --data DIR --noise gauss100 --arm nct --denoised OUT/denoised --out OUT/nct
     torchrun --nproc_per_node 8 pretrain.py --preset imagenet100 --data DIR --curriculum noisy:200 --out OUT/noisy
 
-In: DIR/train/... or any folder of images; the denoised copy that denoise.py wrote. Labels are never read.
-Out: checkpoint.pth (to go on, bit for bit), log.jsonl, config.json, and at the end backbone.pth (the teacher's ViT).
-The same command goes on with an interrupted run; an interrupted run exits with code 75.
+In: any folder of images, or DIR/train, and its denoised copy. Out: checkpoint.pth, log.jsonl, config.json, and at the
+end backbone.pth (the teacher's ViT). Interrupted, it exits with code 75; the same command goes on, bit for bit.
 """
 
 import copy
@@ -17,15 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common as c
 from common import UserError
 
 # ==== config: presets are defaults that flags override ==============================================================
-
-# short runs of a narrow ViT: a high rate for every layer, LayerScale 1 and a sharp teacher, or nothing is learnt in time
+# short runs of a narrow ViT: a high rate in every layer, LayerScale 1, a sharp teacher, or nothing is learnt in time
 SMALL = {"arch": "128,4,4", "patch_size": 16, "global_size": 64, "local_size": 32, "local_crops": 2, "batch_size": 64,
          "prototypes": 512, "head_hidden": 256, "head_bottleneck": 64, "layer_scale": 1.0, "lr": 0.008,
          "layer_decay": 1.0, "patch_embed_lr": 1.0, "momentum": 0.99, "teacher_temp": 0.04, "ibot_weight": 0.5,
@@ -42,14 +39,13 @@ ANCHORS = {"imagenet100": {"gauss100": 4.0, "gauss255": 1.1, "shot1": 5.0, "spec
 ARMS = {"random": "noisy:0", "noisy": "noisy:{epochs}", "denoised": "denoised:{epochs}", "clean": "clean:{epochs}",
         "phase1": "denoised:{switch}/{epochs}", "nc": "denoised:{switch}/{epochs},noisy:{rest}",
         "nct": "denoised:{switch}/{epochs},noisy:{rest}"}
-FREE = c.FREE | {"compile", "fork"}
+FREE, FORK_FREE = c.FREE | {"compile", "fork"}, {"curriculum", "anchor", "anchor_from", "anchor_head"}
 
 def read_config(argv=None):
     """The resolved configuration: one field a flag, the arm spelled out as its curriculum. Raises UserError."""
     parser = c.Parser(__doc__, PRESETS)
-    add = parser.add
-    cur, model, crops, opt = (functools.partial(add, g) for g in ("curriculum", "model", "crops", "optimisation"))
-    add("data", "--denoised", None, "folder of denoised images, same relative paths")
+    cur, model, crops, opt = (functools.partial(parser.add, g) for g in ("curriculum", "model", "crops", "training"))
+    parser.add("data", "--denoised", None, "folder of denoised images, same relative paths")
     cur("--arm", "nct", "an arm of the paper, made of --epochs and --switch", choices=ARMS)
     cur("--epochs", 200, "epochs of an arm in all")
     cur("--switch", 140, "epochs on denoised images in nc and nct; 0.5-0.8 of all is usual")
@@ -77,8 +73,7 @@ def read_config(argv=None):
     opt("--batch_size", 64, "images a step over all processes")
     opt("--lr", 0.004, "at batch 1024; scaled by sqrt(batch / 1024)")
     opt("--warmup_epochs", "10", "linear warm-up; a value a phase: 10,5", type=c.floats)
-    opt("--weight_decay", 0.04, "at the start; a cosine leads to --weight_decay_end")
-    opt("--weight_decay_end", 0.4, "at the end")
+    opt("--weight_decay", "0.04,0.4", "at the start and, along a cosine, at the end", type=c.floats)
     opt("--layer_decay", 0.9, "learning-rate factor from block to block")
     opt("--patch_embed_lr", 0.2, "learning-rate factor of the patch embedding; 1 for runs of a few thousand steps")
     opt("--clip", 3.0, "gradient norm of backbone and of head, each")
@@ -89,27 +84,26 @@ def read_config(argv=None):
     opt("--centering", "center", "of the teacher's outputs", choices=["center", "sinkhorn"])
     opt("--ibot_weight", 1.0, "weight of the masked-patch loss")
     opt("--koleo_weight", 0.1, "weight of the nearest-neighbour spreading loss")
-    add("running (changes no result but rounding)", "--compile", False, "slow start, faster on GPUs")
+    parser.add("running (changes no result but rounding)", "--compile", False, "slow start, faster on GPUs")
     args = parser.read(argv, ("batch_size", "patch_size", "prototypes", "log_steps", "head_hidden", "head_bottleneck",
                               "lr", "global_size", "local_size", "clip", "teacher_temp"))
     if args.curriculum is None:
         args.curriculum = ARMS[args.arm].format(epochs=args.epochs, switch=args.switch, rest=args.epochs - args.switch)
-        if args.anchor is None:
-            args.anchor = ANCHORS.get(args.preset, {}).get(args.noise, 1.0)
+        weights = {c.parse_noise(k): w for k, w in ANCHORS.get(args.preset, {}).items()}
+        args.anchor = weights.get(c.parse_noise(args.noise), 1.0) if args.anchor is None else args.anchor
         args.anchor *= args.arm == "nct"
     args.anchor = args.anchor or 0.0
     del args.arm, args.epochs, args.switch  # the curriculum says it all
     phases = parse_curriculum(args.curriculum)
     sources = {p.source for p in phases}
     if "clean" in sources and args.noise == "none":
-        raise UserError("--curriculum clean: with --noise none no clean images are known; name a synthetic noise")
+        raise UserError("--curriculum clean: with --noise none no clean images are known")
     if ("denoised" in sources or args.anchor) and not args.denoised:
         raise UserError(f"--curriculum {args.curriculum}: needs --denoised DIR, which denoise.py apply writes")
     if args.anchor and not any(anchored(args, phases, p) for p in range(len(phases))):
         raise UserError("--anchor: works in a noisy phase after a denoised one, or with --anchor_from CKPT")
-    for flag in ("global_size", "local_size"):
-        if getattr(args, flag) % args.patch_size:
-            raise UserError(f"--{flag} {getattr(args, flag)}: is no multiple of --patch_size {args.patch_size}")
+    if wrong := [k for k in ("global_size", "local_size") if getattr(args, k) % args.patch_size]:
+        raise UserError(f"--{wrong[0]} {getattr(args, wrong[0])}: is no multiple of --patch_size {args.patch_size}")
     return args
 
 def parse_curriculum(text):
@@ -125,11 +119,10 @@ def parse_curriculum(text):
 
 def anchored(args, phases, p):
     """Whether the anchor acts in phase p: on noisy images, once there is a denoised teacher."""
-    denoised_before = p > 0 and phases[p - 1].source == "denoised"
-    return bool(args.anchor and phases[p].source == "noisy" and (args.anchor_from or denoised_before))
+    denoised_teacher = args.anchor_from or (p > 0 and phases[p - 1].source == "denoised")
+    return bool(args.anchor and phases[p].source == "noisy" and denoised_teacher)
 
 # ==== model: student and teacher are each a backbone with a head ====================================================
-
 class Network(nn.Module):
     """Backbone and head. forward: crops to prototype logits; each of them run once."""
 
@@ -141,9 +134,9 @@ class Network(nn.Module):
         self.head = c.DINOHead(self.backbone.embed_dim, args.prototypes, args.head_hidden, args.head_bottleneck)
 
     def forward(self, crops, picked, masks=None, head=None, drop=None):
-        """crops: [global (2B, C, S, S), then, if any, local (LB, C, s, s)]; picked (M,): flat indices of the masked
-        patches; masks (2B, N): what the student does not see, None for a teacher; head: another head than its own.
-        Gives logits of class tokens (2B + LB, K) and of picked patches (M, K), and the global class tokens (2B, D)."""
+        """crops: [global (2B, C, S, S), local (LB, C, s, s) if any]; picked (M,): flat indices of masked patches; masks
+        (2B, N): what the student does not see, None for a teacher; head: another head than its own. Gives logits of
+        class tokens (2B + LB, K) and of picked patches (M, K), and the global class tokens (2B, D)."""
         drop = [u.to(crops[0].device) for u in drop] if drop else [None] * len(crops)
         out = self.backbone.forward_features(crops[0], masks, drop[0])
         cls = [out["cls"]] + [self.backbone.forward_features(x, None, d)["cls"]
@@ -151,6 +144,12 @@ class Network(nn.Module):
         tokens = torch.cat([*cls, out["patches"].flatten(0, 1)[picked]])  # (2B + LB + M, D)
         logits = (head or self.head)(tokens)
         return *logits.split([len(tokens) - len(picked), len(picked)]), out["cls"]
+
+def load_weights(module, state):
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from None
 
 def load_backbone(model, state):
     """Weights of DINOv2, timm or our own into `model`, position embedding resized; gives a message on what was left.
@@ -162,69 +161,55 @@ def load_backbone(model, state):
         side = math.isqrt(own["pos_embed"].shape[1] - 1)
         state["pos_embed"] = c.resize_pos_embed(state["pos_embed"].float(), (side, side))
     if wrong := [k for k, v in state.items() if k in own and v.shape != own[k].shape]:
-        k = wrong[0]
-        raise UserError(f"--init_backbone: {k} is {tuple(state[k].shape)}, here {tuple(own[k].shape)}; --arch, "
-                        "--patch_size and the channels must be those of the weights")
+        raise UserError(f"--init_backbone: other shapes: {', '.join(wrong)}; use the weights' --arch and --patch_size")
     missing, unexpected = model.load_state_dict(state, strict=False)
-    return f"loaded {len(own) - len(missing)} of {len(own)} tensors; missing: {', '.join(missing) or 'none'}; " \
-           f"unexpected: {', '.join(unexpected) or 'none'}"
+    return f"--init_backbone: missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
 
 # ==== targets and losses of one step ================================================================================
-
 def teacher_targets(logits, patch_logits, centers, temp, centering):
-    """Targets of one teacher, (2, B, K) and (M, K), without gradient; its centres then move on."""
-    if centering == "sinkhorn":
-        targets, patch_targets = c.sinkhorn(logits, temp), c.sinkhorn(patch_logits, temp)
-    else:
-        targets = c.softmax_center(logits, centers["cls"], temp)
-        patch_targets = c.softmax_center(patch_logits, centers["patch"], temp)
-        centers["cls"] = c.update_center(centers["cls"], logits)
-        centers["patch"] = c.update_center(centers["patch"], patch_logits)
-    return targets.unflatten(0, (2, -1)), patch_targets
+    """Targets of one teacher, (2, B, K) and (M, K); its centres then move on."""
+    targets = []
+    for name, x in (("cls", logits), ("patch", patch_logits)):
+        targets.append(c.sinkhorn(x, temp) if centering == "sinkhorn" else c.softmax_center(x, centers[name], temp))
+        centers[name] = c.update_center(centers[name], x)
+    return targets[0].unflatten(0, (2, -1)), targets[1]
 
 def step_losses(args, run, crops, anchor_crops, masks, temp, drop=None):
-    """All losses of one step as a dict of scalars, 'total' their weighted sum; and tensors for the monitors.
-    crops: [global (2B, C, S, S), local (LB, C, s, s)] of this phase's source; anchor_crops: the global ones denoised,
-    or None; masks (2B, N) bool on the CPU, the same for every teacher."""
+    """All losses of one step as a dict of scalars, 'total' their weighted sum; targets and class tokens. crops: [global
+    (2B, C, S, S), local (LB, C, s, s)]; anchor_crops: the global ones denoised, or None; masks (2B, N) bool, CPU."""
     picked = masks.flatten().nonzero()[:, 0]  # (M,)
     weights = (1 / masks.sum(1).clamp(min=1)).repeat_interleave(masks.sum(1))  # (M,): 1 / masked patches of its crop
     picked, weights, masks = (v.to(crops[0].device, non_blocking=True) for v in (picked, weights, masks))
     n = len(masks)  # 2B
-
     with torch.no_grad():
         logits, patch_logits, _ = run.teacher(crops[:1], picked)
         targets, patch_targets = teacher_targets(logits, patch_logits, run.centers, temp, args.centering)
         if run.anchor is not None:
             head = run.teacher.head if args.anchor_head == "live" else None
             logits, patch_logits, _ = run.anchor([anchor_crops], picked, head=head)
-            anchor_targets, anchor_patch_targets = teacher_targets(
-                logits, patch_logits, run.anchor_centers, temp, args.centering)
-
+            anchored_to = teacher_targets(logits, patch_logits, run.anchor_centers, temp, args.centering)
     logits, patch_logits, cls = run.student(crops, picked, masks, drop=drop)
     views = logits.split(n // 2)  # two global, then the local crops, each (B, K)
-    losses = {"dino": c.dino_loss(views, targets),
-              "ibot": c.ibot_loss(patch_logits, patch_targets, weights, n)}
-    # nearest neighbours in the batch of all processes; each holds the gradient of its own rows only, hence the factor
-    losses["koleo"] = sum(c.koleo_loss(c.gather_rows(view)) for view in cls.chunk(2))
-    total = losses["dino"] + args.ibot_weight * losses["ibot"] + args.koleo_weight * c.world()[1] * losses["koleo"]
+    losses = {"dino": c.dino_loss(views, targets), "ibot": c.ibot_loss(patch_logits, patch_targets, weights, n)}
+    # neighbours in the batch of all processes: each has the gradient of its own rows only, hence the factor on it
+    koleo, size = sum(c.koleo_loss(c.gather_rows(view)) for view in cls.chunk(2)), c.world()[1]
+    losses["koleo"] = size * koleo - (size - 1) * koleo.detach()
+    total = losses["dino"] + args.ibot_weight * losses["ibot"] + args.koleo_weight * losses["koleo"]
     if run.anchor is not None:
-        losses["anchor_dino"], losses["anchor_ibot"] = c.anchor_loss(
-            views, patch_logits, anchor_targets, anchor_patch_targets, weights, n)
+        losses["anchor_dino"], losses["anchor_ibot"] = c.anchor_loss(views, patch_logits, *anchored_to, weights, n)
         total = total + args.anchor * (losses["anchor_dino"] + args.ibot_weight * losses["anchor_ibot"])
     return {"total": total, **losses}, targets, cls
 
 def monitors(losses, targets, cls):
     """Collapse monitors: teacher entropy (nats), KL teacher to student, spread and effective rank of class tokens."""
     entropy = -torch.xlogy(targets, targets).sum(-1).mean()
-    x = F.normalize(cls.detach().float(), dim=-1)
-    spectrum = torch.linalg.svdvals(x - x.mean(0))
-    p = spectrum / spectrum.sum().clamp(min=1e-12)
+    x = nn.functional.normalize(cls.detach().float(), dim=-1)
+    p = torch.linalg.svdvals(x - x.mean(0))
+    p = p / p.sum().clamp(min=1e-12)
     return {"entropy": entropy.item(), "kl": (losses["dino"].detach() - entropy).item(),
-            "cls_std": (x.std(0).mean() * x.shape[1] ** 0.5).item(),
-            "rank": torch.xlogy(p, p).sum().neg().exp().item()}
+            "cls_std": (x.std(0).mean() * x.shape[1] ** 0.5).item(), "rank": torch.xlogy(p, p).sum().neg().exp().item()}
 
 # ==== data of one step: all random parameters from a generator keyed by (seed, phase, epoch, step) ==================
-
 def draw_step(args, sizes, depth, phase, epoch, step, mine=slice(None)):
     """All random parameters of one step, drawn for the global batch, images of sizes (B, 2), of which `mine` is cut.
     Gives views (list of dicts of draw_view), masks (2B, N) and, with drop path, uniform numbers per kind of crop."""
@@ -245,17 +230,14 @@ def make_crops(args, images, sizes, views, mean, std):
     return [(torch.cat(x) - mean) / std for x in (out[:2], out[2:]) if x]
 
 # ==== the run: state, schedules, loop ===============================================================================
-
 class Run:
     """Everything that training changes; `state()` is what a checkpoint holds."""
 
     def __init__(self, args, channels, device):
         torch.manual_seed(args.seed)
-        self.args, self.device = args, device
-        self.student = self.network = Network(args, channels).to(device)
+        self.args, self.device, self.network = args, device, Network(args, channels).to(device)
         if args.init_backbone:
-            message = load_backbone(self.network.backbone, c.load_checkpoint(args.init_backbone))
-            c.say(f"{args.init_backbone}: {message}")
+            c.say(load_backbone(self.network.backbone, c.load_checkpoint(args.init_backbone)))
         self.teacher = copy.deepcopy(self.network).requires_grad_(False).eval()
         self.centers = {k: torch.zeros(1, args.prototypes, device=device) for k in ("cls", "patch")}
         self.anchor = self.anchor_centers = None
@@ -263,31 +245,26 @@ class Run:
             self.load_networks(c.load_checkpoint(args.init))
         self.restart()
         self.context, self.scaler = c.autocast(device, args.amp)
-        self.phase = self.epoch = self.step = self.total = 0  # step of the epoch, total over all phases
-        self.seconds = 0.0
-        if c.world()[1] > 1:
-            self.student = nn.parallel.DistributedDataParallel(self.network)
+        self.phase = self.epoch = self.step = self.total = self.seconds = 0  # step of the epoch, total of all phases
+        self.student = nn.parallel.DistributedDataParallel(self.network) if c.world()[1] > 1 else self.network
         for block in [*self.network.backbone.blocks, *self.teacher.backbone.blocks] * args.compile:
             block.compile()
 
     def restart(self):
         """A new optimiser: its moments start at zero."""
-        backbone, head = self.network.backbone, self.network.head
-        groups = c.param_groups(backbone, head, self.args.layer_decay, self.args.patch_embed_lr)
+        parts = self.network.backbone, self.network.head
+        groups = c.param_groups(*parts, self.args.layer_decay, self.args.patch_embed_lr)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=self.device.type == "cuda")
 
     def set_anchor(self, teacher, centers):
         """Freeze a teacher's weights as the anchor; its centres start from that teacher's and go their own way."""
         self.anchor = copy.deepcopy(self.teacher)
-        self.anchor.load_state_dict(teacher)
+        load_weights(self.anchor, teacher)
         self.anchor_centers = {k: v.clone().to(self.device) for k, v in centers.items()}
 
     def load_networks(self, state):
-        try:
-            self.network.load_state_dict(state["student"])
-            self.teacher.load_state_dict(state["teacher"])
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from None
+        load_weights(self.network, state["student"])
+        load_weights(self.teacher, state["teacher"])
         self.centers = {k: v.to(self.device) for k, v in state["centers"].items()}
 
     def load(self, state):
@@ -303,9 +280,8 @@ class Run:
         self.seconds = seconds
         return {"student": self.network.state_dict(), "teacher": self.teacher.state_dict(), "centers": self.centers,
                 "anchor": self.anchor and self.anchor.state_dict(), "anchor_centers": self.anchor_centers,
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "position": (self.phase, self.epoch, self.step, self.total, self.seconds), "config": vars(self.args),
-                "data": data}
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "data": data,
+                "position": (self.phase, self.epoch, self.step, self.total, self.seconds), "config": vars(self.args)}
 
     def update(self, loss, values):
         """Backward, clip per submodule, AdamW, then the teacher's EMA; values: what schedules() gives."""
@@ -331,7 +307,7 @@ def schedules(args, phases, phase, step, steps, batch):
     warmup, temp_warmup = (round(steps * v[min(first, len(v) - 1)])
                            for v in (args.warmup_epochs, args.teacher_temp_warmup_epochs))
     return {"lr": c.cosine(step, args.lr * math.sqrt(batch / 1024), 1e-6, total, warmup),
-            "weight_decay": c.cosine(step, args.weight_decay, args.weight_decay_end, total),
+            "weight_decay": c.cosine(step, *args.weight_decay, total),
             "momentum": c.cosine(step, args.momentum, 1.0, total),
             "temp": c.cosine(step, args.teacher_temp, args.teacher_temp, temp_warmup, temp_warmup, start=0.04),
             "frozen": step < args.freeze_last_epochs * steps}
@@ -343,10 +319,9 @@ def start(args, phases, run, out):
         c.check_config(state["config"], vars(args), FREE, out)
     elif args.fork:
         state = c.load_checkpoint(args.fork)
-        free = FREE | {"curriculum", "anchor", "anchor_from", "anchor_head"}
-        c.check_config(state["config"], vars(args), free, args.fork)
+        c.check_config(state["config"], vars(args), FREE | FORK_FREE, args.fork)
         theirs, (p, epoch) = parse_curriculum(state["config"]["curriculum"]), state["position"][:2]
-        theirs[p].epochs = max(epoch, phases[p].epochs if p < len(phases) else 0)  # its last phase may go on here
+        theirs[p].epochs = max([epoch, *[q.epochs for q in phases[p:p + 1]]])  # its last phase may go on here
         if theirs[:p + 1] != phases[:p + 1]:
             raise UserError(f"--fork {args.fork}: {state['config']['curriculum']} is no beginning of {args.curriculum}")
         if c.world()[0] == 0 and (log := Path(args.fork).with_name("log.jsonl")).exists():
@@ -356,8 +331,7 @@ def start(args, phases, run, out):
 
 def train(args, phases, run, folder, out, data):
     """Run the curriculum from the run's position; gives the exit code."""
-    batch = min(args.batch_size, len(folder))
-    if batch < args.batch_size:
+    if (batch := min(args.batch_size, len(folder))) < args.batch_size:
         c.say(f"warning: --batch_size {args.batch_size} is larger than the set of {batch} images; using {batch}")
     mine, steps, depth = c.share(batch), len(folder) // batch, len(run.network.backbone.blocks)
     mean, std = (torch.tensor(data[k], device=run.device)[:, None, None] for k in ("mean", "std"))
@@ -367,20 +341,19 @@ def train(args, phases, run, folder, out, data):
         phase, use_anchor = phases[run.phase], anchored(args, phases, run.phase)
         if run.phase > 0 and run.epoch == run.step == 0 and args.restart:
             run.restart()
-        if not use_anchor:
-            run.anchor = run.anchor_centers = None
-        elif run.anchor is None:
+        run.anchor = run.anchor if use_anchor else None
+        if use_anchor and run.anchor is None:
             source = c.load_checkpoint(args.anchor_from) if args.anchor_from else run.state(data, run.seconds)
             run.set_anchor(source["teacher"], source["centers"])
-        sources = [phase.source] + ["denoised"] * use_anchor
         if run.epoch < phase.epochs:
+            sources = [phase.source] + ["denoised"] * use_anchor
             batches = c.Batches(folder, sources, run.device, args.cache_gb, args.workers)
         while run.epoch < phase.epochs:
             order = torch.randperm(len(folder), generator=c.generator(args.seed, run.phase, run.epoch))
             order = order[:steps * batch].view(steps, batch)
             for images, sizes in batches.epoch(order[run.step:, mine].tolist()):
-                views, masks, drop = draw_step(
-                    args, folder.sizes[order[run.step]], depth, run.phase, run.epoch, run.step, mine)
+                everyone = folder.sizes[order[run.step]]  # sizes of the global batch
+                views, masks, drop = draw_step(args, everyone, depth, run.phase, run.epoch, run.step, mine)
                 crops = make_crops(args, images[0], sizes, views, mean, std)
                 anchor_crops = make_crops(args, images[1], sizes, views[:2], mean, std)[0] if use_anchor else None
                 values = schedules(args, phases, run.phase, run.epoch * steps + run.step, steps, batch)
@@ -388,35 +361,37 @@ def train(args, phases, run, folder, out, data):
                     losses, targets, cls = step_losses(args, run, crops, anchor_crops, masks, values["temp"], drop)
                 run.update(losses["total"], values)
                 run.step, run.total = run.step + 1, run.total + 1
-                record = {"phase": run.phase, "epoch": run.epoch, "source": phase.source, **values}
-                logs = monitors(losses, targets, cls) if run.total % args.log_steps == 0 else {}
-                if loop.tick(losses, batch, record | logs):
+                record = monitors(losses, targets, cls) if run.total % args.log_steps == 0 else {}
+                record |= {"phase": run.phase, "epoch": run.epoch, "source": phase.source, **values}
+                if loop.tick(losses, batch, record):
                     return c.EXIT_STOPPED
             run.epoch, run.step = run.epoch + 1, 0
             loop.checkpoint(f"phase {run.phase} ({phase.source}) epoch {run.epoch}/{phase.epochs}")
         run.phase, run.epoch = run.phase + 1, 0
+    if not run.total:
+        loop.checkpoint()
     loop.bar.close()
     return 0
 
 def main(argv=None):
     args = read_config(argv)
-    phases, out = parse_curriculum(args.curriculum), Path(args.out)
-    device = c.setup(args.device)
+    phases, out, device = parse_curriculum(args.curriculum), Path(args.out), c.setup(args.device)
     folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
-    mean, std = folder.stats()
-    data = {"channels": folder.channels, "mean": mean, "std": std, "images": len(folder)}
+    data = dict(zip(("mean", "std"), folder.stats(), strict=True), channels=folder.channels, images=len(folder))
     run = Run(args, folder.channels, device)
     start(args, phases, run, out)
+    if (run.phase, run.epoch) == (len(phases) - 1, phases[-1].epochs) and (out / "backbone.pth").exists():
+        c.say(f"{out}: complete, nothing to do")
+        return 0
     if c.world()[0] == 0:
         c.write_json(out / "config.json", {**vars(args), **data})
     code = train(args, phases, run, folder, out, data)
     if code == 0 and c.world()[0] == 0:
         gpu, rates = device.type == "cuda", sorted(r["images_s"] for r in c.read_log(out / "log.jsonl"))
         memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        c.write_json(out / "summary.json", {
-            "seconds": run.seconds, "steps": run.total, "images_s": rates[len(rates) // 2] if rates else None,
-            "peak_gb": memory / 1e9,
-            "device": torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU cores"})
+        device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU cores"
+        c.write_json(out / "summary.json", {"seconds": run.seconds, "steps": run.total, "device": device,
+                     "images_s": rates[len(rates) // 2] if rates else None, "peak_gb": memory / 1e9})
         c.write_atomic(out / "backbone.pth", lambda f: torch.save(run.teacher.backbone.state_dict(), f))
         c.say(f"{out / 'backbone.pth'}: the teacher's backbone after {run.total} steps, {run.seconds:.0f} s")
     return code

@@ -9,7 +9,6 @@ In: DIR/{train,val}/<class>/*, a finished run of pretrain.py. Out: one JSON file
 
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,6 @@ def read_config(argv=None):
     return args
 
 # ==== features: each image goes through the backbone once per view ==================================================
-
 def load_run(folder, device):
     """(backbone in evaluation mode, config) of a finished run. Raises UserError."""
     folder = Path(folder)
@@ -121,7 +119,6 @@ def denoise_ragged(model, images, sizes, context):
     return out
 
 # ==== linear probe: the 52 heads of DINOv2's protocol, trained at once ==============================================
-
 def head_inputs(dim):
     """Features of each head as a mask (4, 5 dim) over [cls of the last block, of the 3 before it, mean patch token]:
     the last block or the last 4, without and with the mean patch token."""
@@ -170,10 +167,9 @@ def hold_out(y, seed, share=0.1):
 def linear_probe(x, y, classes, args):
     """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val is never seen.
     Gives a function (N, 5, D), (N,) -> accuracy in % of the chosen head, and what was chosen."""
-    held, masks = hold_out(y, args.seed), head_inputs(x.shape[-1])
-    x = x.flatten(2)
-    weight, bias = train_heads(x[:, ~held], y[~held], classes, RATES, masks, args.iterations, args.batch_size,
-                               args.seed)
+    held, masks, x = hold_out(y, args.seed), head_inputs(x.shape[-1]), x.flatten(2)
+    protocol = args.iterations, args.batch_size, args.seed
+    weight, bias = train_heads(x[:, ~held], y[~held], classes, RATES, masks, *protocol)
     scores = accuracy(x[0, held], y[held], weight, bias)
     best = int(scores.argmax())
     chosen = {"head": ["1 block", "1 block + patches", "4 blocks", "4 blocks + patches"][best // len(RATES)],
@@ -181,7 +177,6 @@ def linear_probe(x, y, classes, args):
     return lambda f, labels: float(accuracy(f.flatten(1), labels, weight[best:best + 1], bias[best:best + 1])), chosen
 
 # ==== k-NN, retrieval, cosine =======================================================================================
-
 def knn(train_x, train_y, x, y, classes, neighbors=NEIGHBORS, temp=0.07):
     """{k: top-1 in %} of weighted k-NN on L2-normalised class tokens (N, D), weights exp(similarity / temp)."""
     train_x, x = F.normalize(train_x, dim=-1), F.normalize(x, dim=-1)
@@ -205,18 +200,21 @@ def retrieval_map(x, y):
         hit = (y[order] == y[start:start + 512, None]).double()  # (B, N - 1)
         precision = hit.cumsum(1) / torch.arange(1, len(x))
         values.append(((precision * hit).sum(1) / hit.sum(1))[hit.sum(1) > 0])
-    return 100 * float(torch.cat(values).mean()) if len(torch.cat(values)) else math.nan
+    return 100 * float(torch.cat(values).mean()) if len(torch.cat(values)) else None
 
 def read_labels(train, val):
     """(class names, train labels (N,), val labels). Raises UserError where the class folders do not agree."""
     names = sorted(set(train.labels()))
     if unknown := sorted(set(val.labels()) - set(names)):
         raise UserError(f"{val.data}/val/{unknown[0]}: class unknown to train; both need the same classes")
-    return names, *(torch.tensor([names.index(k) for k in f.labels()]) for f in (train, val))
+    y, val_y = (torch.tensor([names.index(k) for k in f.labels()]) for f in (train, val))
+    if y.bincount().max() < 2:
+        raise UserError(f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth")
+    return names, y, val_y
 
 def evaluate(args, device):
     """All figures of one backbone as a dict."""
-    features, started = Features(args, device), time.perf_counter()
+    features, started = Features(args, device), c.now()
     train, val = features.folder("train"), features.folder("val")
     names, y, val_y = read_labels(train, val)
     source = "denoised" if args.denoised else "noisy"
@@ -227,7 +225,7 @@ def evaluate(args, device):
               "map": retrieval_map(val_x[:, 0], val_y), "classes": len(names), "train": len(y), "val": len(val_y)}
     if args.noise != "none" and (args.denoiser or not args.denoised):
         # the denoised arm's own pipeline at inference: every test image goes through its denoiser
-        sweep = []
+        result["sweep"] = sweep = []
         for strength, spec in sweep_specs(args.noise):
             z = val_x if strength == 1 and spec == args.noise else features(
                 features.folder("val", spec), "noisy", f"val {spec}", through_denoiser=bool(args.denoised))[0]
@@ -236,21 +234,19 @@ def evaluate(args, device):
                 result |= {"clean_linear": sweep[-1]["linear"], "clean_map": retrieval_map(z[:, 0], val_y),
                            "clean_knn": {str(k): v for k, v in knn(x[0, :, 0], y, z[:, 0], val_y, len(names)).items()},
                            "cosine": float(F.cosine_similarity(val_x[:, 0], z[:, 0]).mean())}
-        result["sweep"] = sweep
-    keys = ("curriculum", "anchor", "seed", "arch", "noise", "noise_seed")
-    return {**result, "seconds": time.perf_counter() - started, "config": vars(args),
-            "pretrain": {k: features.config[k] for k in keys}, "summary": c.read_json(Path(args.run) / "summary.json")}
+    return {**result, "seconds": c.now() - started, "config": vars(args), "pretrain": features.config,
+            "summary": c.read_json(Path(args.run) / "summary.json")}
 
 def sweep_specs(spec, strengths=(0, 0.25, 0.5, 0.75, 1, 1.5, 2)):
     """Test-noise levels of the robustness curve: [(strength relative to the pretraining level, spec), ...]."""
     name, low, high = c.parse_noise(spec)
     _, inverse, most = c.NOISES[name]
     middle = (low + high) / 2
-    levels = [(s, min(middle / s if inverse else middle * s, most)) for s in strengths if s > 0]
-    return [(0, "none")] + [(s, spec if s == 1 and low == high else f"{name}{level:.6g}") for s, level in levels]
+    levels = {s: min(middle / s if inverse else middle * s, most) for s in strengths if s}
+    specs = {s: name + np.format_float_positional(level, 6, fractional=False, trim="-") for s, level in levels.items()}
+    return [(0, "none"), *(specs | ({1: spec} if low == high else {})).items()]
 
 # ==== report ========================================================================================================
-
 ORDER = ["random", "noisy", "nc", "nct", "denoised", "clean"]
 COLORS = ["#888888", "#d62728", "#ff9f1c", "#2ca02c", "#1f77b4", "#9467bd", "#8c564b", "#17becf"]
 COLUMNS = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN", "map": "retrieval mAP",
@@ -262,12 +258,6 @@ def spread(values, digits=1):
     text = f"{np.mean(values):.{digits}f}" if values else "-"
     return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
-def row(result):
-    """The table's figures of one run."""
-    summary = result["summary"]
-    return {**{k: result.get(k) for k in ("linear", "clean_linear", "map", "cosine")}, "knn20": result["knn"]["20"],
-            "minutes": summary["seconds"] / 60, "images_s": summary["images_s"], "peak_gb": summary["peak_gb"]}
-
 def report(out):
     """results.md, results.json and the four pictures from out/probe/ARM-seedK.json and out/pretrain/ARM-seedK."""
     arms = {}
@@ -275,18 +265,19 @@ def report(out):
         arms.setdefault(path.stem.rpartition("-seed")[0], {})[path.stem] = c.read_json(path)
     if not arms:
         raise UserError(f"{out}/probe: no results to report; run.sh makes them")
-    arms = dict(sorted(arms.items(), key=lambda a: (ORDER.index(a[0]) if a[0] in ORDER else len(ORDER), a[0])))
-    rows = {arm: [row(r) for r in runs.values()] for arm, runs in arms.items()}
+    arms = dict(sorted(arms.items(), key=lambda a: (ORDER + [a[0]]).index(a[0])))
+    rows = {arm: [{**r, **r["summary"], "knn20": r["knn"]["20"], "minutes": r["summary"]["seconds"] / 60}
+                  for r in runs.values()] for arm, runs in arms.items()}
     first = next(iter(next(iter(arms.values())).values()))
     table = ["| arm | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for arm, r in rows.items():
-        cells = [spread([x[k] for x in r], 2 if k in ("cosine", "peak_gb") else 1) for k in COLUMNS]
+        cells = [spread([x.get(k) for x in r], 2 if k in ("cosine", "peak_gb") else 1) for k in COLUMNS]
         table.append(f"| {arm} | {len(r)} | " + " | ".join(cells) + " |")
     text = [f"# {out.name}", "",
             f"{first['classes']} classes, {first['train']} training and {first['val']} validation images, noise "
-            f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, on "
-            "the noisy validation set unless said; mean ± standard deviation over seeds; fixed last step, nothing selected "
-            "on val. The arm `denoised` needs its denoiser at test time, the others do not.", "", *table, ""]
+            f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, "
+            "on the noisy validation set unless said; mean ± standard deviation over seeds; fixed last step, nothing "
+            "selected on val. The arm `denoised` needs its denoiser at test time, the others do not.", "", *table, ""]
     if first.get("sweep"):
         specs = [s["noise"] for s in first["sweep"]]
         text += ["Linear probe tested at other noise levels:", "", "| arm | " + " | ".join(specs) + " |",
@@ -312,8 +303,7 @@ def pictures(out, arms):
     runs = {arm: next(iter(r)) for arm, r in arms.items()}  # arm -> ARM-seedK
     results = {arm: arms[arm][run] for arm, run in runs.items()}
     config = next((r for r in results.values() if not r["config"]["denoised"]), next(iter(results.values())))["config"]
-    configs = [c.read_json(out / "pretrain" / run / "config.json") for run in runs.values()]
-    denoised = next((x["denoised"] for x in configs if x["denoised"]), None)
+    denoised = next((d for r in results.values() if (d := r["pretrain"]["denoised"])), None)
     try:
         folder = c.Folder(config["data"], "val", config["noise"], config["noise_seed"], denoised)
     except UserError as error:  # images moved away: the figures are still worth a report
@@ -400,12 +390,10 @@ def main():
     checking = sys.argv[1:2] == ["check"]
     args = read_config(sys.argv[1 + checking:])
     if checking:
-        read_labels(*(c.Folder(args.data, split, args.noise) for split in ("train", "val")))
-        return 0
+        return read_labels(*(c.Folder(args.data, split, args.noise) for split in ("train", "val"))) and 0
     result = evaluate(args, c.setup(args.device))
     c.write_json(args.out, result)
-    shown = {k: f"{result[k]:.1f}" for k in ("linear", "clean_linear", "map") if k in result}
-    print(f"{Path(args.out).stem}: {shown}")
+    print(f"{Path(args.out).stem}:", *(f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result))
     return 0
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ done
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 # ==== environment: this python if it has the packages (an accelerator's own torch is used as it is), else .venv ====
-has() { "$1" -c "import $2" >/dev/null 2>&1; }
-packages="torch, numpy, tqdm, PIL"
+has() { "$1" -c 'import sys, importlib.util as u; sys.exit(None in map(u.find_spec, sys.argv[1:]))' $2 2>/dev/null; }
+packages="torch numpy tqdm PIL"
 python=$(command -v python3 || command -v python) || fail "python3 is not installed"
 if ! has "$python" "$packages" || { [ $mode = test ] && ! has "$python" pytest; }; then
   system=$(has "$python" "$packages" && echo --system-site-packages || true)

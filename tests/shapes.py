@@ -134,13 +134,13 @@ def image(cls, split, index, seed=0, size=64):
     rng = np.random.default_rng([seed, SPLITS.index(split), cls, index])
     axis = ((np.arange(size) + 0.5) / size - 0.5) * UNITS
     x0, y0 = axis[None, :], axis[:, None]
-    shift, turn, zoom = rng.uniform(-10, 10, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
+    shift, turn, zoom = rng.uniform(-10, 10, 2), rng.uniform(-0.3, 0.3), rng.uniform(1.2, 1.6)
     c, s = np.cos(turn) / zoom, np.sin(turn) / zoom
     x, y = c * (x0 - shift[0]) + s * (y0 - shift[1]), c * (y0 - shift[1]) - s * (x0 - shift[0])
 
     # Light on dark or dark on light with equal odds: the covered area does not show in the mean colour. The
     # contrasts are such that, under noise of sigma 100, some pictures stay readable and others do not.
-    middle, contrast = rng.uniform(90, 165), rng.uniform(20, 80) * rng.choice((-1, 1))
+    middle, contrast = rng.uniform(90, 165), rng.uniform(40, 120) * rng.choice((-1, 1))
     back, fore = colour(rng, middle - contrast / 2), colour(rng, middle + contrast / 2)
     # Shading lies over figure and ground alike: the contrast between them stays the same everywhere.
     light = shading(rng, x0, y0)

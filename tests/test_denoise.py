@@ -269,44 +269,42 @@ def test_every_position_inside_an_image_is_drawn_and_none_outside():
 # ======================================================================================================
 
 
-@pytest.fixture(scope="module")
-def wild():
-    """A U-Net of random weights of full size, its answers spread over the grey levels."""
+def wild(channels, depth):
+    """A U-Net of random weights, its answers spread over the grey levels."""
     torch.manual_seed(1)
-    model = denoise.UNet(3, 4, 5).eval()
+    model = denoise.UNet(channels, 4, depth).eval()
     for m in model.modules():
         if hasattr(m, "weight"):
             nn.init.kaiming_normal_(m.weight)
             nn.init.normal_(m.bias, std=0.05)
     with torch.no_grad():
-        y = model(torch.rand(1, 3, 128, 128, generator=gen()))
+        y = model(torch.rand(1, channels, 128, 128, generator=gen()))
         scale = 0.2 / y.std((0, 2, 3))
         model.last.weight *= scale[:, None, None, None]
         model.last.bias.copy_((model.last.bias - y.mean((0, 2, 3))) * scale + 0.5)
     return model
 
 
+def rounded(got, exact):
+    """Whether uint8 `got` is `exact` (B, C, H, W), cropped, clipped and rounded, whichever way a tie was broken."""
+    exact = exact.detach()[:, :, :got.shape[2], :got.shape[3]].clamp(0, 1) * 255
+    assert got.dtype == torch.uint8 and exact.std() > 15  # an answer worth comparing
+    return got.shape == exact.shape and (got - exact).abs().max() < 0.501
+
+
 @pytest.mark.parametrize(("height", "width"), [(37, 51), (64, 96), (3, 2), (1, 40)])
-def test_image_of_any_size_is_reflected_to_a_multiple_of_32_and_keeps_its_size(wild, height, width):
-    x = np.random.default_rng(height).integers(0, 256, (2, 3, height, width), dtype=np.uint8)
-    grown = np.pad(x, [(0, 0), (0, 0), (0, -height % 32), (0, -width % 32)], "reflect")
-    with torch.no_grad():
-        y = wild(torch.from_numpy(grown) / 255)[:, :, :height, :width]
-    assert y.std() > 0.05
-    got = denoise.denoise(wild, torch.from_numpy(x))
-    assert got.dtype == torch.uint8 and torch.equal(got, (y.clamp(0, 1) * 255).round().to(torch.uint8))
+def test_image_of_any_size_is_reflected_to_a_multiple_of_32_and_keeps_its_size(height, width):
+    model, x = wild(3, 5), torch.randint(0, 256, (2, 3, height, width), generator=gen(), dtype=torch.uint8)
+    grown = np.pad(x, [(0, 0), (0, 0), (0, -height % 32), (0, -width % 32)], "reflect") / np.float32(255)
+    got = denoise.denoise(model, x)
+    assert got.shape == x.shape and rounded(got, model(torch.from_numpy(grown)))
 
 
-def test_tiles_agree_with_the_whole_image_everywhere(wild):
-    x = torch.randint(0, 256, (1, 3, 400, 700), generator=gen(), dtype=torch.uint8)
-    whole, tiled = denoise.denoise(wild, x), denoise.denoise(wild, x, tile=256)
-    with torch.no_grad():
-        exact = wild(torch.from_numpy(np.pad(x, [(0, 0), (0, 0), (0, 16), (0, 4)], "reflect")) / 255)[:, :, :400, :700]
-    exact = exact.clamp(0, 1) * 255
-    tie = (exact - exact.floor() - 0.5).abs() < 1e-3
-    assert whole.float().std() > 20 and tie.float().mean() < 0.01
-    difference = (whole.int() - tiled.int()).abs()
-    assert difference.max() <= 1 and not difference[~tie].any()
+def test_tiles_agree_with_the_whole_image_everywhere():
+    model, x = wild(3, 5), torch.randint(0, 256, (1, 3, 400, 700), generator=gen(), dtype=torch.uint8)
+    exact = model(torch.from_numpy(np.pad(x, [(0, 0), (0, 0), (0, 16), (0, 4)], "reflect")) / 255)
+    assert rounded(denoise.denoise(model, x), exact)
+    assert rounded(denoise.denoise(model, x, tile=256), exact)
 
 
 def test_psnr_of_known_errors():
@@ -387,26 +385,41 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("denoise")
     shapes = {"train/a/1.png": (24, 24), "train/a/deep/2.bmp": (30, 20), "train/b/1.png": (24, 24),
               "train/b/3.tif": (37, 51), "val/a/1.png": (24, 24), "val/b/4.png": (9, 70)}
-    for i in range(7):
-        shapes[f"train/c/{i}.png"] = (24, 24)
+    shapes |= {f"train/c/{i}.png": (24, 24) for i in range(7)}
     for i, (path, shape) in enumerate(shapes.items()):
         save(root / "data" / path, picture(i, *shape))
     assert train(root / "data", root / "denoiser", *RUN) == 0
     return root / "data", root / "denoiser"
 
 
+def scramble(denoiser, out):
+    """A denoiser like `denoiser` of random weights: training this short gives nearly black pictures."""
+    state = common.load_checkpoint(denoiser / "checkpoint.pth")
+    model = wild(state["data"]["channels"], state["data"]["depth"])
+    common.save_checkpoint(out / "checkpoint.pth", {**state, "model": model.state_dict()})
+    return out, model.eval()
+
+
+@pytest.fixture(scope="module")
+def denoised(folder, tmp_path_factory):
+    """(data, denoiser of random weights, the copy that it made)."""
+    root = tmp_path_factory.mktemp("denoised")
+    denoiser, _ = scramble(folder[1], root / "denoiser")
+    assert apply(folder[0], denoiser, root / "out", *RUN[:2]) == 0
+    return folder[0], denoiser, root / "out"
+
+
 RUN = ["--noise", "gauss50", "--epochs", "4"]
 
 
 def test_denoiser_comes_near_the_local_mean_on_images_of_known_answer(tmp_path):
-    rng, sigma = np.random.default_rng(0), 30 / 255
-    for i, level in enumerate(rng.uniform(0.4, 0.6, 96)):
-        save(tmp_path / "data" / f"{i}.png", np.full((32, 32, 1), round(255 * level), np.uint8))
-    train(tmp_path / "data", tmp_path / "out", "--noise", "gauss30", "--epochs", "50", "--batch_size", "16", "--lr",
-          "2e-3", "--width", "8", "--log_steps", "50", "--patch", "32")
+    for i, level in enumerate(np.random.default_rng(0).uniform(0.35, 0.65, 96)):
+        save(tmp_path / "data" / f"{i}.png", np.full((16, 16, 1), round(255 * level), np.uint8))
+    train(tmp_path / "data", tmp_path / "out", "--noise", "gauss60", "--epochs", "60", "--batch_size", "8", "--lr",
+          "0.005", "--width", "8", "--log_steps", "50", "--patch", "8")
     q = common.read_json(tmp_path / "out" / "quality.json")
-    assert q["noisy_clean"] == pytest.approx(-20 * math.log10(sigma), abs=0.1)
-    assert q["denoised_clean"] > q["noisy_clean"] + 10 * math.log10(9)  # better than the mean of 3 x 3 pixels
+    # better than the mean of 3 x 3 pixels, and than the mean grey level of all images, which is 8.4 dB better
+    assert q["denoised_clean"] > q["noisy_clean"] + 10 * math.log10(9)
 
 
 def test_ramp_rises_to_2_and_the_rate_is_halved_at_each_fifth(tmp_path, monkeypatch):
@@ -427,47 +440,43 @@ def files(root):
     return {p.relative_to(root).as_posix(): p.stat().st_mtime_ns for p in root.rglob("*.*") if p.is_file()}
 
 
-def test_denoised_copy_has_the_same_paths_and_what_the_denoiser_says(folder, tmp_path):
-    data, denoiser = folder
-    assert apply(data, denoiser, tmp_path, "--noise", "gauss50") == 0
-    made = sorted(p for p in files(tmp_path) if p != "made_by.json")
-    assert made == sorted(Path(p).with_suffix(".png").as_posix() for p in files(data))
+def test_denoised_copy_has_the_same_paths_and_what_the_denoiser_says(denoised):
+    data, denoiser, out = denoised
+    assert set(files(out)) == {Path(p).with_suffix(".png").as_posix() for p in files(data)} | {"made_by.json"}
     model = denoise.load_denoiser(denoiser, CPU)[0]
     for split in ("train", "val"):
-        noisy = common.Folder(data, split, "gauss50")
-        for i, path in enumerate(noisy.paths):
-            x = torch.from_numpy(noisy.read(i)).permute(2, 0, 1)[None]
-            got = np.asarray(Image.open((tmp_path / path).with_suffix(".png"))).astype(int)
-            expected = denoise.denoise(model, x)[0].permute(1, 2, 0).numpy()
-            assert got.shape == expected.shape and np.abs(got - expected).max() <= 1  # another batch: rounding ties
-    assert common.Folder(data, "train", denoised=tmp_path).read(0, "denoised").shape == (24, 24, 3)
+        folder = common.Folder(data, split, "gauss50", denoised=out)
+        for i in range(len(folder)):
+            noisy, got = (torch.from_numpy(folder.read(i, k)).permute(2, 0, 1)[None] for k in ("noisy", "denoised"))
+            height, width = (-n % 8 for n in noisy.shape[2:])  # three poolings
+            grown = np.pad(noisy, [(0, 0), (0, 0), (0, height), (0, width)], "reflect")
+            assert rounded(got, model(torch.from_numpy(grown) / 255))
 
 
-def test_finished_files_are_skipped_and_a_deleted_one_is_made_again(folder, tmp_path):
-    data, denoiser = folder
-    apply(data, denoiser, tmp_path, "--noise", "gauss50")
-    first, victim = files(tmp_path), tmp_path / "train/b/3.png"
+def test_finished_files_are_skipped_and_a_deleted_one_is_made_again(denoised, capsys):
+    data, denoiser, out = denoised
+    first, victim = files(out), out / "train/b/3.png"
     content = victim.read_bytes()
-    apply(data, denoiser, tmp_path, "--noise", "gauss50")
-    assert files(tmp_path) == first
+    apply(data, denoiser, out, *RUN[:2])
+    assert files(out) == first
     victim.unlink()
-    apply(data, denoiser, tmp_path, "--noise", "gauss50")
-    again = files(tmp_path)
+    apply(data, denoiser, out, *RUN[:2])
+    again = files(out)
     assert victim.read_bytes() == content and set(again) == set(first)
     assert [p for p in first if again[p] != first[p]] == ["train/b/3.png"]
 
 
-def test_copy_made_by_another_denoiser_or_of_other_noise_is_not_mixed(folder, tmp_path, capsys):
-    data, denoiser = folder
-    apply(data, denoiser, tmp_path / "out", "--noise", "gauss50")
-    before = files(tmp_path / "out")
-    train(data, tmp_path / "other", *RUN[:2], "--epochs", "1", "--seed", "5")
-    (tmp_path / "out" / "val/a/1.png").unlink()
-    del before["val/a/1.png"]
-    error = refused(lambda: apply(data, tmp_path / "other", tmp_path / "out", "--noise", "gauss50"), capsys)
-    assert str(tmp_path / "out") in error and "denoiser" in error
-    assert "gauss20" in refused(lambda: apply(data, denoiser, tmp_path / "out", "--noise", "gauss20"), capsys)
-    assert files(tmp_path / "out") == before
+def test_copy_made_by_another_denoiser_or_of_other_noise_is_not_mixed(folder, denoised, capsys):
+    data, denoiser, out = denoised
+    victim = out / "val/a/1.png"
+    content = victim.read_bytes()
+    victim.unlink()
+    before = files(out)
+    error = refused(lambda: apply(data, folder[1], out, *RUN[:2]), capsys)  # of the same settings, other weights
+    assert str(out) in error and "denoiser" in error
+    assert "gauss20" in refused(lambda: apply(data, denoiser, out, "--noise", "gauss20"), capsys)
+    assert files(out) == before
+    assert apply(data, denoiser, out, *RUN[:2]) == 0 and victim.read_bytes() == content
 
 
 def test_two_files_that_differ_in_suffix_only_are_refused(folder, tmp_path, capsys):
@@ -497,20 +506,15 @@ def test_real_noisy_images_of_any_depth_and_channels_need_no_clean_ones(tmp_path
         x = picture(i, 24, 20, channels, 1, float) * 0.5 + rng.uniform(0, 0.5, (24, 20, channels))
         save(tmp_path / "data" / f"{i}{suffix}", (x * top).astype(dtype))
     train(tmp_path / "data", tmp_path / "denoiser", "--epochs", "1")
-    apply(tmp_path / "data", tmp_path / "denoiser", tmp_path / "out")
     assert set(common.read_json(tmp_path / "denoiser" / "quality.json")) == {"autocorrelation"}
-    assert sorted(files(tmp_path / "out")) == ["made_by.json", f"train/0{made}", f"train/1{made}"] or sorted(
-        files(tmp_path / "out")) == [f"0{made}", f"1{made}", "made_by.json"]
-    model, noisy = denoise.load_denoiser(tmp_path / "denoiser", CPU)[0], common.Folder(tmp_path / "data")
+    other, model = scramble(tmp_path / "denoiser", tmp_path / "other")
+    apply(tmp_path / "data", other, tmp_path / "out")
+    noisy = common.Folder(tmp_path / "data", denoised=tmp_path / "out")
+    assert set(files(tmp_path / "out")) == {"made_by.json", f"0{made}", f"1{made}"}
     for i in range(2):
-        path, = (tmp_path / "out").rglob(f"{i}{made}")
-        if made == ".png":
-            with Image.open(path) as image:
-                assert image.mode == "L"
-        x = torch.from_numpy(noisy.read(i)).permute(2, 0, 1)[None]
-        got = common.read_image(path).astype(int)
-        assert np.abs(got - denoise.denoise(model, x)[0].permute(1, 2, 0).numpy()).max() <= 1
-        assert got.dtype == int and got.shape == (24, 20, channels)
+        x, got = (torch.from_numpy(noisy.read(i, k)).permute(2, 0, 1)[None] for k in ("noisy", "denoised"))
+        assert rounded(got, model(torch.from_numpy(np.pad(x, [(0, 0), (0, 0), (0, 0), (0, 4)], "reflect")) / 255))
+        assert common.read_image(tmp_path / "out" / f"{i}{made}").shape == (24, 20, channels)
 
 
 STOP = """
@@ -538,7 +542,8 @@ def test_run_stopped_by_sigterm_and_resumed_equals_an_uninterrupted_one_bit_for_
     whole, resumed = (common.load_checkpoint(f / "checkpoint.pth") for f in (denoiser, tmp_path))
     assert whole["epoch"] == resumed["epoch"] == 4
     for k, v in whole["model"].items():
-        assert torch.equal(v, resumed["model"][k]) and not torch.equal(v, state["model"][k])
+        assert torch.equal(v, resumed["model"][k])
+    assert not torch.equal(whole["model"]["last.weight"], state["model"]["last.weight"])
     for k, v in whole["optimizer"]["state"].items():
         assert all(torch.equal(v[n], resumed["optimizer"]["state"][k][n]) for n in v)
     one, two = ([(r["step"], r["epoch"], r["total"]) for r in common.read_log(f / "log.jsonl")]
