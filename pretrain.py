@@ -28,7 +28,7 @@ SMALL = {"arch": "128,4,4", "patch_size": 16, "global_size": 64, "local_size": 3
          "layer_decay": 1.0, "patch_embed_lr": 1.0, "momentum": 0.99, "teacher_temp": 0.04, "ibot_weight": 0.5,
          "warmup_epochs": "2", "teacher_temp_warmup_epochs": "0"}
 PRESETS = {
-    "demo": {**SMALL, "epochs": 16, "switch": 10},
+    "demo": {**SMALL, "epochs": 12, "switch": 8},
     "tiny": {**SMALL, "epochs": 20, "switch": 12},
     "imagenet100": {"epochs": 200, "switch": 140, "batch_size": 40},  # the paper's tables; the rest are the flags' own
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "switch": 30, "batch_size": 512, "drop_path": 0.1,
