@@ -42,9 +42,9 @@ packages="torch numpy tqdm PIL"
 python=$(command -v python3 || command -v python) || fail "python3 is not installed"
 if ! has "$python" "$packages" || { [ $mode = test ] && ! has "$python" pytest; }; then
   system=$(has "$python" "$packages" && echo --system-site-packages || true)
-  [ -x "$here/.venv/bin/python" ] || "$python" -m venv $system "$here/.venv"
+  "$here/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv $system "$here/.venv"
   python=$here/.venv/bin/python
-  has "$python" "$packages" || { echo "installing requirements.txt into .venv"; "$python" -m pip install -q -r "$here/requirements.txt"; }
+  has "$python" "$packages" || { echo "installing requirements.txt into .venv"; "$python" -m pip install -q --disable-pip-version-check -r "$here/requirements.txt"; }
   [ $mode = run ] || has "$python" pytest || "$python" -m pip install -q pytest
 fi
 if [ $mode = test ]; then cd "$here"; exec "$python" -m pytest "$@"; fi
