@@ -67,7 +67,7 @@ def parse_noise(spec):
     names = "|".join(sorted(NOISES, key=len, reverse=True))
     match = re.fullmatch(rf"({names})(\d*\.?\d+)(?:-(\d*\.?\d+))?", spec)
     if not match:
-        raise UserError(f"--noise {spec}: unknown; use none, or a level of {', '.join(NOISES)}: gauss100")
+        raise UserError(f"--noise {spec}: unknown noise; use none, or a level of {', '.join(NOISES)}: gauss100")
     name, low, high = match[1], float(match[2]), float(match[3] or match[2])
     if not 0 < low <= high <= NOISES[name][2]:
         raise UserError(f"--noise {spec}: levels must be more than 0, up to {NOISES[name][2]:g}, the lower one first")
