@@ -28,7 +28,7 @@ from common import UserError
 
 PRESETS = {
     "demo": {"epochs": 4, "width": 24, "batch_size": 16, "lr": 1e-3},
-    "tiny": {"epochs": 6, "width": 24, "batch_size": 16, "lr": 1e-3},
+    "tiny": {"epochs": 4, "width": 24, "batch_size": 4, "lr": 1e-3},
     "imagenet100": {},  # the paper's: the flags' own defaults
     "imagenet1k": {"batch_size": 8},
 }

@@ -277,7 +277,7 @@ def report(out):
             f"{first['classes']} classes, {first['train']} training and {first['val']} validation images, noise "
             f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, "
             "on the noisy validation set unless said; mean ± standard deviation over seeds; fixed last step, nothing "
-            "selected on val. The arm `denoised` needs its denoiser at test time, the others do not.", "", *table, ""]
+            "selected on val. `denoised` needs its denoiser at test time; `clean` is probed and tested on clean images.", "", *table, ""]
     if first.get("sweep"):
         specs = [s["noise"] for s in first["sweep"]]
         text += ["Linear probe tested at other noise levels:", "", "| arm | " + " | ".join(specs) + " |",

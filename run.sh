@@ -115,6 +115,7 @@ probe() {
   local arm=$1 run=$out/pretrain/$1-seed$seed result=$out/probe/$1-seed$seed.json flags=()
   [ -n "$probes" ] || return 0
   [ "$result" -nt "$run/backbone.pth" ] && { echo "== $result: done =="; return; }
+  [ "$arm" != clean ] || flags=(--noise none)  # probe and test see what pretraining saw: the upper bound, clean images
   [ "$arm" != denoised ] || flags=(--denoised "$denoised")
   [ "$arm" != denoised ] || [ ! -d "$out/denoiser" ] || flags+=(--denoiser "$out/denoiser")
   stage "$python" "$here/probe.py" "${common[@]}" --run "$run" --out "$result" ${flags[@]+"${flags[@]}"}
