@@ -276,8 +276,8 @@ def report(out):
     text = [f"# {out.name}", "",
             f"{first['classes']} classes, {first['train']} training and {first['val']} validation images, noise "
             f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, "
-            "on the noisy validation set unless said; mean ± standard deviation over seeds; last step, nothing selected on "
-            "val. `denoised` needs its denoiser at test time; `clean` is probed and tested on clean images.", "", *table, ""]
+            "on the noisy validation set unless said; mean ± standard deviation over seeds; nothing selected on val. "
+            "`denoised` needs its denoiser at test time; `clean` is tested on clean images.", "", *table, ""]
     if first.get("sweep"):
         specs = [s["noise"] for s in first["sweep"]]
         text += ["Linear probe tested at other noise levels:", "", "| arm | " + " | ".join(specs) + " |",
