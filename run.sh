@@ -3,7 +3,7 @@
 set -euo pipefail
 usage() {
   cat <<'TEXT'
-bash run.sh                    demonstration on built-in images (runs/demo), about ten minutes on two CPU cores
+bash run.sh                    demonstration on built-in images (runs/demo), 10 to 20 minutes on two CPU cores
 bash run.sh test               the test suite
 bash run.sh --data DIR [options] [-- any pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
