@@ -313,7 +313,7 @@ def pictures(out, arms):
         kinds = ["noisy"] + ["denoised"] * bool(denoised) + ["clean"] * (config["noise"] != "none")
         images = {k: [folder.read(i, k) for i in picks] for k in kinds}
         grid(images).save(out / "samples.png")
-        grid({"noisy": images["noisy"], **{arm: principal_components(
+        grid({"input": images["noisy"], **{arm: principal_components(
             out / "pretrain" / run, images["denoised" if results[arm]["config"]["denoised"] else "noisy"])
             for arm, run in runs.items()}}).save(out / "features.png")
     sweeps = {arm: [(s["strength"], s["linear"]) for s in r["sweep"]] for arm, r in results.items() if "sweep" in r}
