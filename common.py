@@ -710,9 +710,9 @@ def autocast(device, amp):
     """(autocast context factory, gradient scaler: the identity but for fp16) of --amp auto, bf16, fp16 or off."""
     if amp == "auto":
         amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if amp not in ("bf16", "off", "fp16"[:4 * (device.type != "cpu")]):
-        raise UserError(f"--amp {amp}: must be auto, bf16 or off, or on a GPU fp16")
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    kinds = {"off": None, "bf16": torch.bfloat16} | ({} if device.type == "cpu" else {"fp16": torch.float16})
+    if amp not in kinds:
+        raise UserError(f"--amp {amp}: must be auto or one of {', '.join(kinds)}")
     context = nullcontext if amp == "off" else functools.partial(torch.autocast, device.type, kinds[amp])
     return context, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
