@@ -14,9 +14,10 @@ import re
 import signal
 import sys
 import time
+import traceback
+import zipfile
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong, which file or flag, what to do."""
@@ -92,10 +94,13 @@ def add_noise(image, spec, key, seed=0):
 # ==== images: a folder is a sorted list of relative paths; reading gives uint8 (H, W, C) ============================
 Image.init()
 SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in Image.OPEN and f != "MPEG"} | {".npy"}
-READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+CACHE = Path(torch.hub.get_dir()).with_name("ditch-denoiser")  # of scans, where torch keeps its own; may be deleted
+LARGE = 10_000  # images of a folder whose scan is kept
 
 def unreadable(path, error):
-    error = "empty file" if path.is_file() and path.stat().st_size == 0 else error
+    if not path.exists():
+        return UserError(f"{path}: is gone, or a link to nothing; was the folder moved or its disk taken away?")
+    error = "not a file" if not path.is_file() else "empty file" if path.stat().st_size == 0 else error
     return UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder")
 
 def is_grey(image):
@@ -114,31 +119,35 @@ def list_images(root):
         found += [(base / f).as_posix() for f in files if f[0] != "." and os.path.splitext(f)[1].lower() in SUFFIXES]
     return sorted(found)
 
-def image_info(path):
-    """(height, width, channels) from the header: 1 channel for grey, 3 for colour, any for .npy. Raises UserError."""
-    try:
-        if path.suffix.lower() == ".npy":
-            shape = np.lib.format.open_memmap(path, mode="r").shape
-            if len(shape) not in (2, 3) or 0 in shape:
-                raise ValueError(f"shape {shape} is neither (H, W) nor (H, W, C)")
-            return (*shape, 1)[:3]
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # EXIF orientation: turned by 90 degrees
-                width, height = height, width
-            return height, width, 1 if is_grey(image) else 3
-    except READ_ERRORS as error:
-        raise unreadable(path, error) from None
+def ends_whole(path):
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        return file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))  # JPEG, PNG
 
-def read_image(path):
+def image_info(path):
+    """(height, width, channels): 1 channel for grey, 3 for colour, any for .npy. Raises UserError for a file that is no
+    whole image: a PNG or JPEG file is one if it ends as it should, others are decoded."""
+    x = read_image(path, header=True)
+    if x.dtype.kind not in "iu":
+        to_float(x, path)  # checks the values
+    return x.shape
+
+def read_image(path, header=False):
     """One file, upright, in its own depth: (H, W, C) of any real dtype; palette, alpha and CMYK become RGB.
-    Raises UserError for what cannot be decoded."""
+    Raises UserError for what cannot be decoded. header: zeros of the right shape where the header tells it."""
     try:
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
                 x = np.lib.format.read_array(file, allow_pickle=False)
+            if x.ndim not in (2, 3) or 0 in x.shape:
+                raise ValueError(f"shape {x.shape} is neither (H, W) nor (H, W, C)")
         else:
             with Image.open(path) as image:
+                # the orientation as it stands before the pixels: a PNG's own getexif() would decode it whole
+                turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+                if header and image.format in ("PNG", "JPEG") and ends_whole(path):
+                    size = image.size if turned else image.size[::-1]
+                    return np.broadcast_to(np.uint8(0), (*size, 1 if is_grey(image) else 3))
                 image = ImageOps.exif_transpose(image)
                 if image.mode in ("LA", "1"):
                     image = image.convert("L")
@@ -148,7 +157,7 @@ def read_image(path):
                 x = np.array(image)
                 if image.mode == "I" and x.min() >= 0 and x.max() <= 65535:  # Pillow's container for 16-bit files
                     x = x.astype(np.uint16)
-    except READ_ERRORS as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise unreadable(path, error) from None
     return x[:, :, None] if x.ndim == 2 else x
 
@@ -169,6 +178,33 @@ def to_float(x, path=""):
 def to_uint8(x):
     return np.rint(x * np.float32(255)).astype(np.uint8)  # [0, 1] to 0..255, rounded
 
+def parallel(function, items, name, workers=None):
+    """[function(i) for i in items] by threads, with a progress bar; the first error ends it."""
+    size = 1 + len(items) // 10_000  # of a task: a million of them would need memory
+    parts = thread_map(lambda start: [function(i) for i in items[start:start + size]], range(0, len(items), size),
+                       max_workers=workers, desc=name, leave=False, disable=None)
+    return [x for part in parts for x in part]
+
+def scan(root, paths):
+    """image_info of all files as an array (N, 3). A large folder's is kept in CACHE, named by a fingerprint of every
+    file's path, size and time of change: the next start reads no image, a changed folder is scanned anew."""
+    def stamp(path):
+        found = os.stat(root / path)
+        return f"{path} {found.st_size} {found.st_mtime_ns}"
+    if large := len(paths) >= LARGE:
+        kept = CACHE / f"{digest(parallel(stamp, paths, 'list'))}.pth"
+        with suppress(UserError):  # none yet, or damaged
+            return load_checkpoint(kept)["infos"].numpy()
+        say(f"{root}: reading the headers of {len(paths)} images; kept in {kept}")
+    infos = np.array(parallel(lambda path: image_info(root / path), paths, "scan"))
+    if large:
+        with suppress(UserError):  # no room for it: the next start scans again
+            write_atomic(kept, lambda file: torch.save({"infos": torch.from_numpy(infos)}, file))
+    return infos
+
+def digest(names):
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
 class Folder:
     """The images of one split. `read(i, source)` gives uint8 (H, W, C) of source noisy, clean or denoised.
     data: DIR with train/ and val/, or, for split 'train', any folder of images. spec: synthetic noise put on at
@@ -186,46 +222,59 @@ class Folder:
         self.paths = [(root.relative_to(self.data) / p).as_posix() for p in list_images(root)]
         if not self.paths:
             raise UserError(f"{root}: no images found (looked for .png, .jpg, .tif, .npy and the like)")
-        with ThreadPoolExecutor() as pool:
-            infos = list(tqdm(pool.map(image_info, (self.data / p for p in self.paths)), f"scan {root.name}",
-                              len(self.paths), leave=False, disable=len(self.paths) < 10_000 or None))
-        self.sizes = torch.tensor([i[:2] for i in infos])  # (N, 2) height, width
-        channels = {i[2]: p for i, p in zip(infos, self.paths, strict=True)}
+        infos = scan(self.data, self.paths)
+        self.sizes = torch.from_numpy(infos[:, :2])  # (N, 2) height, width
+        channels = {int(k): self.paths[i] for k, i in zip(*np.unique(infos[:, 2], return_index=True), strict=True)}
         self.channels = max(channels)
         if set(channels) - {1, 3} and len(channels) > 1:
             raise UserError(f"{root}: files differ in their number of channels, "
                             + ", ".join(f"{p} has {c}" for c, p in sorted(channels.items())))
-        self.denoised = None
-        if denoised:  # path without suffix -> the denoised file
-            self.denoised = {os.path.splitext(p)[0]: Path(denoised) / p for p in list_images(denoised)}
-            if lacking := [p for p, stem in zip(self.paths, self.stems(), strict=True) if stem not in self.denoised]:
-                raise UserError(f"{denoised}: {len(lacking)} of {len(self)} denoised images are missing, {lacking[0]} "
-                                "first; denoise.py apply makes those that are missing")
+        self.denoised = denoised and self.match(Path(denoised))
+
+    def match(self, root):
+        """The denoised file of each image. Raises UserError where one is missing or of another size than the image."""
+        found, stems = {os.path.splitext(p)[0]: p for p in list_images(root)}, self.stems()
+        if lacking := [p for p, stem in zip(self.paths, stems, strict=True) if stem not in found]:
+            raise UserError(f"{root}: {len(lacking)} of {len(self)} denoised images are missing, {lacking[0]} "
+                            "first; denoise.py apply makes those that are missing")
+        paths = [found[stem] for stem in stems]
+        for i, info in enumerate(scan(root, paths).tolist()):
+            self.check(i, root / paths[i], info)
+        return [root / p for p in paths]
+
+    def check(self, i, path, shape):
+        """Raises UserError unless a file of this shape can be image i; grey serves as colour."""
+        expected = (*self.sizes[i].tolist(), self.channels)
+        if tuple(shape) not in {expected, (*expected[:2], 1 if self.channels == 3 else self.channels)}:
+            raise UserError(f"{path}: is {tuple(shape)}, but its image {self.paths[i]} is {expected} "
+                            "(height, width, channels)")
 
     def __len__(self):
         return len(self.paths)
 
     def stems(self):
         """Paths without suffix, which name the denoised images. Raises UserError where two are the same."""
-        stems = [os.path.splitext(p)[0] for p in self.paths]
-        if len(set(stems)) < len(stems):
-            twice = [p for p, stem in zip(self.paths, stems, strict=True) if stems.count(stem) > 1][:2]
-            raise UserError(f"{self.data}: {' and '.join(twice)} would share a denoised image; rename one of them")
-        return stems
+        paths = {}
+        for p in self.paths:
+            if (other := paths.setdefault(os.path.splitext(p)[0], p)) != p:
+                raise UserError(f"{self.data}: {other} and {p} would share a denoised image; rename one of them")
+        return list(paths)
 
     def read(self, i, source="noisy"):
         """Image i as uint8 (H, W, C). Raises UserError for a file that cannot be used."""
         key = self.paths[i]
-        path = self.denoised[os.path.splitext(key)[0]] if source == "denoised" else self.data / key
+        path = self.denoised[i] if source == "denoised" else self.data / key
         x = read_image(path)
-        if x.shape[2] == 1 and self.channels == 3:  # a grey image among colour ones
-            x = np.broadcast_to(x, (*x.shape[:2], 3))
-        expected = (*self.sizes[i].tolist(), self.channels)
-        if x.shape != expected:
-            raise UserError(f"{path}: is {x.shape}, but its image {key} is {expected} (height, width, channels)")
+        self.check(i, path, x.shape)
+        if x.shape[2] < self.channels:  # a grey image among colour ones
+            x = np.broadcast_to(x, (*x.shape[:2], self.channels))
         if source == "noisy" and self.spec != "none":
             return to_uint8(add_noise(to_float(x, path), self.spec, key, self.seed))
         return np.ascontiguousarray(x) if x.dtype == np.uint8 else to_uint8(to_float(x, path))
+
+    def __str__(self):
+        """The same for the same images, wherever they lie: a checkpoint's value of --data."""
+        return f"{len(self)} images of {self.channels} channels, {digest(self.paths)}"
 
     def labels(self):
         """Class name of each image: the folder below the split."""
@@ -239,8 +288,7 @@ class Folder:
         def moments(i):  # (3, C): pixels, sum, sum of squares
             x = self.read(i).reshape(-1, self.channels) / 255.0
             return np.stack([np.full(self.channels, len(x)), x.sum(0), (x * x).sum(0)])
-        with ThreadPoolExecutor() as pool:
-            count, first, second = sum(pool.map(moments, picks))
+        count, first, second = sum(parallel(moments, picks, "statistics"))
         mean = first / count
         return mean.tolist(), np.sqrt(np.maximum(second / count - mean**2, 1e-8)).tolist()
 
@@ -254,9 +302,7 @@ class Batches:
         size = len(folder) * folder.channels * height * width
         self.cache = None
         if size * len(sources) <= cache_gb * 1e9:
-            with ThreadPoolExecutor(max(1, workers)) as pool:
-                items = list(tqdm(pool.map(self.__getitem__, range(len(folder))), "read", len(folder), leave=False,
-                                  disable=None))
+            items = parallel(self.__getitem__, range(len(folder)), "read", max(1, workers))
             self.cache = [x.to(device) for x in pad_batch(items)[0]]
 
     def epoch(self, batches):
@@ -271,11 +317,8 @@ class Batches:
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=batches, collate_fn=pad_batch, num_workers=self.workers,
             pin_memory=self.device.type == "cuda", multiprocessing_context="fork" if self.workers else None)
-        try:
-            for images, sizes in loader:
-                yield [x.to(self.device, non_blocking=True) for x in images], sizes
-        except UserError as error:  # a worker's, which comes with its traceback as text
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
+        for images, sizes in loader:
+            yield [x.to(self.device, non_blocking=True) for x in images], sizes
 
     def __getitem__(self, i):
         return [self.folder.read(i, s) for s in self.sources]
@@ -661,20 +704,29 @@ def param_groups(backbone, head, layer_decay=0.9, patch_embed_mult=0.2):
 now = time.perf_counter
 EXIT_STOPPED = 75  # a signal came: saved, the same command goes on (sysexits' EX_TEMPFAIL)
 
+def on_signal(act):
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(s, act)
+
+def leave(*_):
+    """What a signal does outside of the loops: files are written whole or not at all, so the process may just end."""
+    os.write(2, b"stopped; the same command goes on\n")
+    os._exit(EXIT_STOPPED)
+
 def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)  # rank, processes
 
 def setup(device="auto"):
     """Join the processes of torchrun, if any, and pick the device. Raises UserError. Gives torch.device."""
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no CUDA device; use --device cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's own protocol
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
     if device == "cuda":
-        if local >= (count := torch.cuda.device_count()):
-            raise UserError(f"more processes than the {count} GPUs of this machine; lower --nproc_per_node")
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+        device += f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's own protocol
+    if device != "cpu":
+        if int(device[5:]) >= (count := torch.cuda.device_count()):
+            raise UserError(f"--device {device}: this machine has {count} CUDA devices; use cpu, or fewer processes")
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
@@ -731,33 +783,46 @@ def write_atomic(path, write, sync=True):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot be written ({error}); what was there before is intact") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):
+            tmp.unlink()
 
 def write_json(path, data):
     write_atomic(path, lambda f: f.write((json.dumps(data, indent=1) + "\n").encode()))
 
-def read_json(path):
+def read_json(path, needs=()):
     try:
-        return json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text())
+        if not isinstance(data, dict) or set(needs) - set(data):
+            raise ValueError("not what the stage wrote")
+        return data
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 def save_checkpoint(path, state):
-    """Atomic; the checkpoint before stays beside it as NAME.previous."""
-    new, previous = f"{path}.new", f"{path}.previous"
+    """Atomic; the checkpoint before stays beside it as NAME.previous. Raises UserError where a value is not finite."""
+    parts = [part for part in state.values() if isinstance(part, dict)]
+    if bad := [k for part in parts for k, x in part.items() if torch.is_tensor(x) and not x.isfinite().all()]:
+        raise UserError(f"{path}: {bad[0]} is not finite; the last good checkpoint is kept; use a lower --lr")
+    new = Path(f"{path}.new")
+    for left in new.parent.glob(f".{new.name}.*.tmp"):  # by a killed process
+        left.unlink(missing_ok=True)
     write_atomic(new, lambda f: torch.save(state, f))
     if os.path.exists(path):
-        os.replace(path, previous)
+        os.replace(path, f"{path}.previous")
     os.replace(new, path)
 
-def load_checkpoint(path, required=True):
+def load_checkpoint(path, required=True, needs=()):
     """State saved by save_checkpoint, on the CPU, without running code in it; the one before where this is damaged.
-    None where there is none and required is False. Raises UserError."""
+    None where there is none and required is False. needs: keys of this stage's checkpoints. Raises UserError."""
     problem = None
-    for candidate in (path, f"{path}.previous"):
+    for candidate in (f"{path}.new", path, f"{path}.previous"):  # .new: the process was killed before the renaming
         if os.path.exists(candidate):
             try:
+                if zipfile.is_zipfile(candidate) and (part := zipfile.ZipFile(candidate).testzip()):
+                    raise ValueError(f"{part} has a wrong checksum")  # at which torch does not look
                 state = torch.load(candidate, map_location="cpu", weights_only=True)
+                if lacking := set(needs) - set(state):
+                    raise ValueError(f"another stage's: it has no {', '.join(sorted(lacking))}")
                 if problem:
                     print(f"warning: {problem}; going on from {candidate}", file=sys.stderr)
                 return state
@@ -767,31 +832,36 @@ def load_checkpoint(path, required=True):
     if problem or required:
         raise UserError(f"{problem}; move it away to start anew" if problem else f"{path}: no such checkpoint")
 
+PATHS = {"denoised", "anchor_from", "init", "init_backbone"}  # flags that are the same however a path is spelled
+
 def check_config(saved, now, free, where):
     """A run goes on only with the settings it was started with. Raises UserError naming each field that differs."""
+    saved, now = ({k: os.path.realpath(v) if k in PATHS and v else v for k, v in c.items()} for c in (saved, now))
     changed = [k for k in sorted(set(saved) | set(now)) if k not in free and saved.get(k) != now.get(k)]
     if changed:
         raise UserError(f"{where} holds a run with other settings; use the same flags or another --out: "
                         + ", ".join(f"--{k} {saved.get(k)} (now {now.get(k)})" for k in changed))
 
 def read_log(path):
-    """Records of a log.jsonl, [] where there is none; a line cut short by a crash is passed over."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """Records of a log.jsonl, [] where there is none; lines that a crash cut short or garbled are passed over."""
+    records = []
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict) and "step" in r]
 
 class Loop:
     """The clockwork of training: progress bar, log.jsonl, losses kept on the device, checkpoints, signals. SIGTERM,
     SIGINT and SIGUSR1 stop all processes after the step, saved. save() writes the checkpoint; it runs on rank 0."""
     def __init__(self, args, total, step, seconds, save):
-        self.args, self.step, self.save, self.losses, self.asked = args, step, save, [], False
+        self.args, self.step, self.save, self.losses, self.asked = args, step, save, [], []
+        on_signal(lambda *_: self.asked.append(1))
         self.began, self.saved, self.logged = now() - seconds, now(), (step, now())
         self.path = Path(args.out) / "log.jsonl"
         if world()[0] == 0:  # on resume the lines after the checkpoint are dropped
             kept = [json.dumps(r) + "\n" for r in read_log(self.path) if r["step"] <= step]
             write_atomic(self.path, lambda f: f.write("".join(kept).encode()))
         self.bar = tqdm(total=total, initial=step, disable=world()[0] > 0 or None, unit="step")
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(s, lambda *_: setattr(self, "asked", True))
 
     def means(self):
         """Means over steps and processes of the losses since the last reading; only here we wait for the device.
@@ -821,22 +891,30 @@ class Loop:
             self.bar.set_postfix({k: f"{line[k]:.3g}" for k in ("total", "entropy", "rank", "images_s") if k in line})
             if world()[0] == 0:
                 line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-                with open(self.path, "a") as f:
-                    f.write(json.dumps(line) + "\n")
+                try:
+                    with open(self.path, "a") as f:
+                        f.write(json.dumps(line) + "\n")
+                except OSError as error:
+                    raise UserError(f"{self.path}: cannot be written ({error}); the last checkpoint is kept") from None
         due = now() - self.saved > 60 * self.args.save_minutes
-        stop, due = all_reduce(torch.tensor([float(self.asked), float(due)]), "MAX").bool().tolist()
+        stop, due = all_reduce(torch.tensor([float(bool(self.asked)), float(due)]), "MAX").bool().tolist()
         if stop or due:
             self.checkpoint(f"stopped at step {self.step}, saved; the same command goes on" if stop else "")
         return stop
 
     def checkpoint(self, text=""):
-        """Save, unless a loss was not finite."""
+        """Save, unless a loss was not finite; all processes wait for it: one that ends before ends the others."""
         self.means()
         if world()[0] == 0:
             self.save(now() - self.began)
+        all_reduce(torch.zeros(1))
         self.saved = now()
         if text:
             say(f"{Path(self.args.out).name}: {text}, {now() - self.began:.0f} s")
+
+    def close(self):
+        self.bar.close()
+        on_signal(leave)
 
 def say(*text):
     if world()[0] == 0:
@@ -844,6 +922,10 @@ def say(*text):
 
 def floats(text):
     return [float(v) for v in text.split(",")]  # '10,5' -> [10.0, 5.0], the type of a flag
+
+def span(text):
+    low, high = floats(text)  # two, the smaller one first, or argparse says that the value is invalid
+    return [low, high] if low <= high else float("none")
 
 FREE = {"out", "preset", "device", "amp", "workers", "cache_gb", "log_steps", "save_minutes"}  # change no result
 
@@ -882,19 +964,34 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**self.presets[preset])
         args = self.parse_args(argv)
         for name, value in vars(args).items():
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf or name in positive and not value:
-                raise UserError(f"--{name} {value}: must be {'more than' if name in positive else 'at least'} 0")
+            if name in ("data", "out") and not value:
+                raise UserError(f"--{name}: must not be empty")
+            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+            most = 2**63 if isinstance(value, int) else math.inf
+            if not all(0 <= v < most for v in numbers) or name in positive and not value:
+                least = "more than" if name in positive else "at least"
+                raise UserError(f"--{name} {value}: must be {least} 0 and less than {most:.2g}")
         return args
 
 def run(main):
-    """Call main(); bad input ends with one line and exit code 2, without a traceback."""
+    """Call main() and exit: bad input or a full disk ends with one line and code 2, without a traceback. Of several
+    processes one that fails waits for no other: they may be in a collective, from which torchrun frees them."""
+    on_signal(leave)
     try:
         code = main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError, MemoryError) as error:
+        line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")  # a worker's has its traceback
+        print(f"error: {line}", file=sys.stderr)
         code = 2
-        if dist.is_initialized():
-            os._exit(code)  # the other processes may wait in a collective: do not wait for them
-    if dist.is_initialized():
+    except Exception as error:
+        if world()[1] == 1:
+            raise
+        lost = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
+        print("stopped: another process has failed" if lost else traceback.format_exc(), file=sys.stderr)
+        code = 1
+    if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
+    elif dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

@@ -9,9 +9,9 @@ Out of apply: the same relative paths below OUT/denoised, 8-bit .png (.npy where
 Both go on where they stopped when the same command is given again; an interrupted run exits with code 75.
 """
 
+import hashlib
 import io
 import math
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +33,7 @@ PRESETS = {
     "imagenet1k": {"batch_size": 8},
 }
 FREE = c.FREE | {"command", "tile", "denoiser"}
+STATE = {"model", "optimizer", "scaler", "epoch", "step", "seconds", "config", "data"}  # what a checkpoint holds
 
 def read_config(argv=None):
     parser = c.Parser(__doc__, PRESETS)
@@ -166,7 +167,7 @@ def denoise(model, images, tile=1024, context=c.nullcontext):
 
 def load_denoiser(folder, device):
     """(U-Net in evaluation mode, the checkpoint's state) from a folder that `train` finished. Raises UserError."""
-    state = c.load_checkpoint(Path(folder) / "checkpoint.pth")
+    state = c.load_checkpoint(Path(folder) / "checkpoint.pth", needs=STATE)
     if state["epoch"] < state["config"]["epochs"]:
         raise UserError(f"{folder}: its training stopped in epoch {state['epoch']}; finish it")
     model = UNet(state["data"]["channels"], state["config"]["width"], state["data"]["depth"]).to(device).eval()
@@ -212,15 +213,19 @@ def quality(model, folder, device, context, most=32):
 def train(args, device):
     out, rank = Path(args.out), c.world()[0]
     config = {k: v for k, v in vars(args).items() if k not in FREE}
-    state = c.load_checkpoint(out / "checkpoint.pth", required=False)
+    state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
     if state:
-        c.check_config(state["config"], config, FREE, out)
+        c.check_config(state["config"], config, FREE | {"data"}, out)
         if state["epoch"] == args.epochs and (out / "quality.json").exists():
             c.say(f"{out}: complete, nothing to do")
             return 0
     folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
+    config["data"] = str(folder)
+    if state:
+        c.check_config(state["config"], config, FREE, out)
     patch, depth = patch_plan(folder.sizes, args.patch)
-    batch = min(args.batch_size, len(folder))
+    if (batch := min(args.batch_size, len(folder))) < args.batch_size:
+        c.say(f"warning: --batch_size {args.batch_size} is larger than the set of {batch} images; using {batch}")
     mine, steps = c.share(batch), len(folder) // batch
     torch.manual_seed(args.seed)
     model = UNet(folder.channels, args.width, depth, args.init_scale).to(device, memory_format=torch.channels_last)
@@ -230,7 +235,8 @@ def train(args, device):
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where it was not fp16
+            scaler.load_state_dict(state["scaler"])
         epoch, step = state["epoch"], state["step"]
     net = nn.parallel.DistributedDataParallel(model) if c.world()[1] > 1 else model
     batches = c.Batches(folder, ["noisy"], device, args.cache_gb, args.workers)
@@ -266,7 +272,7 @@ def train(args, device):
                 return c.EXIT_STOPPED
         epoch, step = epoch + 1, 0
         loop.checkpoint(f"epoch {epoch}/{args.epochs}")
-    loop.bar.close()
+    loop.close()
     if rank == 0:
         report(args, model.eval(), out, device, context)
     return 0
@@ -299,48 +305,61 @@ def encode(x):
 
 def apply(args, device):
     out, (rank, size) = Path(args.out), c.world()
-    if out.resolve() == Path(args.data).resolve():
-        raise UserError(f"--out {out}: is the data folder; name another one")
+    splits = [s for s in ("train", "val") if (Path(args.data) / s).is_dir()]
+    roots = [Path(args.data, s).resolve() for s in splits or ["."]]
+    if out.resolve() == Path(args.data).resolve() or any(out.resolve().is_relative_to(root) for root in roots):
+        raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another one")
     model, state = load_denoiser(args.denoiser, device)
     config = state["config"]
     for k in ("noise", "noise_seed"):
         if config[k] != getattr(args, k):
             c.say(f"warning: the denoiser was trained with --{k} {config[k]}, now {getattr(args, k)}")
-    maker = {"denoiser": float(sum(p.detach().double().abs().sum() for p in model.parameters())), "noise": args.noise,
-             "noise_seed": args.noise_seed}
+    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
+    maker = {"denoiser": weights[:32], "noise": args.noise, "noise_seed": args.noise_seed}
+    strangers = c.list_images(out)
     if (out / "made_by.json").exists():
         c.check_config(c.read_json(out / "made_by.json"), maker, set(), out)
+    elif strangers:
+        raise UserError(f"--out {out}: holds images that apply did not make, {strangers[0]} first; name another folder")
     elif rank == 0:
         c.write_json(out / "made_by.json", maker)
     context, _ = c.autocast(device, args.amp)
-    asked = []  # signals
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(s, lambda *_: asked.append(1))
-    splits = [s for s in ("train", "val") if (Path(args.data) / s).is_dir()] or ["train"]
-    for split in splits:
+    asked = []
+    c.on_signal(lambda *_: asked.append(1))
+    for split in splits or ["train"]:
         folder = c.Folder(args.data, split, args.noise, args.noise_seed)
         if folder.channels != state["data"]["channels"]:
             raise UserError(f"{args.data}: {folder.channels} channels, not the denoiser's {state['data']['channels']}")
         suffix = ".png" if folder.channels in (1, 3) else ".npy"
         targets = [out / (stem + suffix) for stem in folder.stems()]
-        todo = [i for i in range(len(folder)) if not targets[i].exists()]
+
+        def made(i, folder=folder, targets=targets):  # whole: a crash of the machine may have left anything
+            try:
+                folder.check(i, targets[i], c.image_info(targets[i]))
+            except UserError:
+                return False
+            return True
+
+        todo = {i for i, done in enumerate(c.parallel(made, range(len(folder)), "made")) if not done}
         c.say(f"{split}: {len(folder) - len(todo)} of {len(folder)} already denoised")
-        # buckets of equal size, so that a batch needs no padding; a fixed number of pixels a batch bounds the memory
-        todo = sorted(todo[rank::size], key=lambda i: (*folder.sizes[i].tolist(), i))
+        # buckets of equal size, so that a batch needs no padding; a fixed number of pixels a batch bounds the memory;
+        # the same batches whatever is already made, and by how many processes: they give the same bits
         budget, batches, pixels = 2**22 if device.type == "cuda" else 2**17, [], 0
-        for i in todo:
+        for i in sorted(range(len(folder)), key=lambda i: (*folder.sizes[i].tolist(), i)):
             area = int(folder.sizes[i].prod())
             if not batches or (folder.sizes[batches[-1][0]] != folder.sizes[i]).any() or pixels + area > budget:
                 batches.append([])
                 pixels = 0
             batches[-1].append(i)
             pixels += area
+        batches = [batch for batch in batches if todo.intersection(batch)][rank::size]
 
-        def write(i, x, folder=folder, targets=targets):
-            c.write_atomic(targets[i], lambda f: f.write(encode(np.ascontiguousarray(x))[1]), sync=False)
+        def write(i, x, targets=targets, todo=todo):
+            if i in todo:
+                c.write_atomic(targets[i], lambda f: f.write(encode(np.ascontiguousarray(x))[1]), sync=False)
 
         source = c.Batches(folder, ["noisy"], device, 0.0, args.workers)  # streamed: each image is needed once
-        bar = tqdm(total=len(todo), desc=f"denoise {split}", disable=rank > 0 or None, unit="image")
+        bar = tqdm(total=sum(map(len, batches)), desc=f"denoise {split}", disable=rank > 0 or None, unit="image")
         with ThreadPoolExecutor(max(1, args.workers)) as pool:
             for index, ((images,), _) in zip(batches, source.epoch(batches), strict=True):
                 result = denoise(model, images, args.tile, context).permute(0, 2, 3, 1).cpu().numpy()

@@ -40,6 +40,8 @@ ARMS = {"random": "noisy:0", "noisy": "noisy:{epochs}", "denoised": "denoised:{e
         "phase1": "denoised:{switch}/{epochs}", "nc": "denoised:{switch}/{epochs},noisy:{rest}",
         "nct": "denoised:{switch}/{epochs},noisy:{rest}"}
 FREE, FORK_FREE = c.FREE | {"compile", "fork"}, {"curriculum", "anchor", "anchor_from", "anchor_head"}
+NETWORKS = {"student", "teacher", "centers"}  # what a checkpoint holds
+STATE = NETWORKS | {"anchor", "anchor_centers", "optimizer", "scaler", "data", "position", "config"}
 
 def read_config(argv=None):
     """The resolved configuration: one field a flag, the arm spelled out as its curriculum. Raises UserError."""
@@ -68,12 +70,12 @@ def read_config(argv=None):
     crops("--global_size", 224, "pixels of the two global crops")
     crops("--local_size", 96, "pixels of the local crops")
     crops("--local_crops", 8, "number of local crops")
-    crops("--global_scale", "0.32,1", "area of a global crop, as a part of the image", type=c.floats)
-    crops("--local_scale", "0.05,0.32", "area of a local crop", type=c.floats)
+    crops("--global_scale", "0.32,1", "area of a global crop, as a part of the image", type=c.span)
+    crops("--local_scale", "0.05,0.32", "area of a local crop", type=c.span)
     opt("--batch_size", 64, "images a step over all processes")
     opt("--lr", 0.004, "at batch 1024; scaled by sqrt(batch / 1024)")
     opt("--warmup_epochs", "10", "linear warm-up; a value a phase: 10,5", type=c.floats)
-    opt("--weight_decay", "0.04,0.4", "at the start and, along a cosine, at the end", type=c.floats)
+    opt("--weight_decay", "0.04,0.4", "at the start and, along a cosine, at the end", type=c.span)
     opt("--layer_decay", 0.9, "learning-rate factor from block to block")
     opt("--patch_embed_lr", 0.2, "learning-rate factor of the patch embedding; 1 for runs of a few thousand steps")
     opt("--clip", 3.0, "gradient norm of backbone and of head, each")
@@ -104,6 +106,8 @@ def read_config(argv=None):
         raise UserError("--anchor: works in a noisy phase after a denoised one, or with --anchor_from CKPT")
     if wrong := [k for k in ("global_size", "local_size") if getattr(args, k) % args.patch_size]:
         raise UserError(f"--{wrong[0]} {getattr(args, wrong[0])}: is no multiple of --patch_size {args.patch_size}")
+    if args.momentum > 1 or args.drop_path >= 1:
+        raise UserError(f"--momentum {args.momentum} --drop_path {args.drop_path}: must be at most 1, and below 1")
     return args
 
 def parse_curriculum(text):
@@ -203,11 +207,21 @@ def step_losses(args, run, crops, anchor_crops, masks, temp, drop=None):
 def monitors(losses, targets, cls):
     """Collapse monitors: teacher entropy (nats), KL teacher to student, spread and effective rank of class tokens."""
     entropy = -torch.xlogy(targets, targets).sum(-1).mean()
-    x = nn.functional.normalize(cls.detach().float(), dim=-1)
+    x = nn.functional.normalize(cls.detach().float().nan_to_num(), dim=-1)  # the losses say that it is not finite
     p = torch.linalg.svdvals(x - x.mean(0))
     p = p / p.sum().clamp(min=1e-12)
     return {"entropy": entropy.item(), "kl": (losses["dino"].detach() - entropy).item(),
             "cls_std": (x.std(0).mean() * x.shape[1] ** 0.5).item(), "rank": torch.xlogy(p, p).sum().neg().exp().item()}
+
+def collapse(record, prototypes):
+    """What the monitors of a log line say is wrong, with what usually helps; '' of a healthy run."""
+    share = record["entropy"] / math.log(max(2, prototypes))  # of the largest entropy that there is
+    if share < 0.02:
+        return "the teacher gives all images one prototype: use a higher --teacher_temp or --centering sinkhorn"
+    if share > 0.99:
+        return "the teacher stays uniform: use --teacher_temp 0.04, a higher --lr or fewer --prototypes"
+    same = "all images get the same features: use a lower --lr, longer --warmup_epochs or a larger --batch_size"
+    return same if record["rank"] < 1.5 else ""
 
 # ==== data of one step: all random parameters from a generator keyed by (seed, phase, epoch, step) ==================
 def draw_step(args, sizes, depth, phase, epoch, step, mine=slice(None)):
@@ -242,7 +256,7 @@ class Run:
         self.centers = {k: torch.zeros(1, args.prototypes, device=device) for k in ("cls", "patch")}
         self.anchor = self.anchor_centers = None
         if args.init:
-            self.load_networks(c.load_checkpoint(args.init))
+            self.load_networks(c.load_checkpoint(args.init, needs=NETWORKS))
         self.restart()
         self.context, self.scaler = c.autocast(device, args.amp)
         self.phase = self.epoch = self.step = self.total = self.seconds = 0  # step of the epoch, total of all phases
@@ -281,7 +295,8 @@ class Run:
         return {"student": self.network.state_dict(), "teacher": self.teacher.state_dict(), "centers": self.centers,
                 "anchor": self.anchor and self.anchor.state_dict(), "anchor_centers": self.anchor_centers,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "data": data,
-                "position": (self.phase, self.epoch, self.step, self.total, self.seconds), "config": vars(self.args)}
+                "position": (self.phase, self.epoch, self.step, self.total, self.seconds),
+                "config": vars(self.args) | {"data": data["files"]}}
 
     def update(self, loss, values):
         """Backward, clip per submodule, AdamW, then the teacher's EMA; values: what schedules() gives."""
@@ -312,14 +327,21 @@ def schedules(args, phases, phase, step, steps, batch):
             "temp": c.cosine(step, args.teacher_temp, args.teacher_temp, temp_warmup, temp_warmup, start=0.04),
             "frozen": step < args.freeze_last_epochs * steps}
 
-def start(args, phases, run, out):
+def complete(args, phases, out):
+    """Whether this run has nothing left to do; images need not be there for that."""
+    if not (out / "backbone.pth").exists() or not (state := c.load_checkpoint(out / "checkpoint.pth", False, STATE)):
+        return False
+    c.check_config(state["config"], vars(args), FREE | {"data"}, out)
+    return state["position"][:2] == (len(phases) - 1, phases[-1].epochs)
+
+def start(args, phases, run, out, data):
     """Resume this run, or take over the beginning that another run with the same settings has trained (--fork)."""
-    state = c.load_checkpoint(out / "checkpoint.pth", required=False)
+    state, config = c.load_checkpoint(out / "checkpoint.pth", False, STATE), vars(args) | {"data": data["files"]}
     if state:
-        c.check_config(state["config"], vars(args), FREE, out)
+        c.check_config(state["config"], config, FREE, out)
     elif args.fork:
-        state = c.load_checkpoint(args.fork)
-        c.check_config(state["config"], vars(args), FREE | FORK_FREE, args.fork)
+        state = c.load_checkpoint(args.fork, needs=STATE)
+        c.check_config(state["config"], config, FREE | FORK_FREE, args.fork)
         theirs, (p, epoch) = parse_curriculum(state["config"]["curriculum"]), state["position"][:2]
         theirs[p].epochs = max([epoch, *[q.epochs for q in phases[p:p + 1]]])  # its last phase may go on here
         if theirs[:p + 1] != phases[:p + 1]:
@@ -328,14 +350,19 @@ def start(args, phases, run, out):
             c.write_atomic(out / "log.jsonl", lambda f: f.write(log.read_bytes()))
     if state:
         run.load(state)
+        data |= {k: state["data"][k] for k in ("mean", "std")}
 
 def train(args, phases, run, folder, out, data):
     """Run the curriculum from the run's position; gives the exit code."""
     if (batch := min(args.batch_size, len(folder))) < args.batch_size:
         c.say(f"warning: --batch_size {args.batch_size} is larger than the set of {batch} images; using {batch}")
+    if args.prototypes > (useful := min(10 * len(folder), 2000 * batch)):
+        c.say(f"warning: --prototypes {args.prototypes}: more than about {useful} are of no use for {len(folder)} "
+              f"images in batches of {batch}")
     mine, steps, depth = c.share(batch), len(folder) // batch, len(run.network.backbone.blocks)
     mean, std = (torch.tensor(data[k], device=run.device)[:, None, None] for k in ("mean", "std"))
-    loop = c.Loop(args, steps * sum(p.epochs for p in phases), run.total, run.seconds,
+    total, ill = steps * sum(p.epochs for p in phases), 0  # ill: steps since the monitors were last in order
+    loop = c.Loop(args, total, run.total, run.seconds,
                   lambda seconds: c.save_checkpoint(out / "checkpoint.pth", run.state(data, seconds)))
     while run.phase < len(phases):
         phase, use_anchor = phases[run.phase], anchored(args, phases, run.phase)
@@ -343,7 +370,8 @@ def train(args, phases, run, folder, out, data):
             run.restart()
         run.anchor = run.anchor if use_anchor else None
         if use_anchor and run.anchor is None:
-            source = c.load_checkpoint(args.anchor_from) if args.anchor_from else run.state(data, run.seconds)
+            own = run.state(data, run.seconds)
+            source = c.load_checkpoint(args.anchor_from, needs=NETWORKS) if args.anchor_from else own
             run.set_anchor(source["teacher"], source["centers"])
         if run.epoch < phase.epochs:
             sources = [phase.source] + ["denoised"] * use_anchor
@@ -362,6 +390,10 @@ def train(args, phases, run, folder, out, data):
                 run.update(losses["total"], values)
                 run.step, run.total = run.step + 1, run.total + 1
                 record = monitors(losses, targets, cls) if run.total % args.log_steps == 0 else {}
+                if record:
+                    ill = ill + args.log_steps if (trouble := collapse(record, args.prototypes)) else 0
+                    if ill - args.log_steps < max(100, total / 10) <= ill:  # once
+                        c.say(f"warning: since {ill} steps {trouble}")
                 record |= {"phase": run.phase, "epoch": run.epoch, "source": phase.source, **values}
                 if loop.tick(losses, batch, record):
                     return c.EXIT_STOPPED
@@ -370,19 +402,20 @@ def train(args, phases, run, folder, out, data):
         run.phase, run.epoch = run.phase + 1, 0
     if not run.total:
         loop.checkpoint()
-    loop.bar.close()
+    loop.close()
     return 0
 
 def main(argv=None):
     args = read_config(argv)
     phases, out, device = parse_curriculum(args.curriculum), Path(args.out), c.setup(args.device)
-    folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
-    data = dict(zip(("mean", "std"), folder.stats(), strict=True), channels=folder.channels, images=len(folder))
-    run = Run(args, folder.channels, device)
-    start(args, phases, run, out)
-    if (run.phase, run.epoch) == (len(phases) - 1, phases[-1].epochs) and (out / "backbone.pth").exists():
+    if complete(args, phases, out):
         c.say(f"{out}: complete, nothing to do")
         return 0
+    folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
+    data = dict(zip(("mean", "std"), folder.stats(), strict=True), channels=folder.channels, images=len(folder))
+    data["files"] = str(folder)
+    run = Run(args, folder.channels, device)
+    start(args, phases, run, out, data)
     if c.world()[0] == 0:
         c.write_json(out / "config.json", {**vars(args), **data})
     code = train(args, phases, run, folder, out, data)

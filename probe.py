@@ -52,10 +52,15 @@ def load_run(folder, device):
     folder = Path(folder)
     if not (folder / "backbone.pth").exists():
         raise UserError(f"--run {folder}: no backbone.pth; finish the run with pretrain.py")
-    config = c.read_json(folder / "config.json")
-    model = c.make_vit(config["arch"], config["patch_size"], img_size=config["global_size"],
-                       in_chans=config["channels"], registers=config["registers"])
-    model.load_state_dict(c.load_checkpoint(folder / "backbone.pth"))
+    config, weights = c.read_json(folder / "config.json"), c.load_checkpoint(folder / "backbone.pth")
+    try:
+        model = c.make_vit(config["arch"], config["patch_size"], img_size=config["global_size"],
+                           in_chans=config["channels"], registers=config["registers"])
+        model.load_state_dict(weights)
+        if not all(x.isfinite().all() for x in weights.values()):
+            raise RuntimeError("weights that are not finite")
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"--run {folder}: config.json and backbone.pth do not fit ({str(error)[:99]})") from None
     return model.to(device).eval().requires_grad_(False), config
 
 def central_boxes(sizes, resize, crop):
@@ -70,8 +75,11 @@ class Features:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.model, self.config = load_run(args.run, device)
+        self.summary = c.read_json(Path(args.run) / "summary.json", {"seconds", "device"})
         self.context, _ = c.autocast(device, args.amp)
         self.denoiser = denoise.load_denoiser(args.denoiser, device)[0] if args.denoiser else None
+        if args.img_size % self.config["patch_size"]:
+            raise UserError(f"--img_size {args.img_size}: is no multiple of patch size {self.config['patch_size']}")
         self.mean, self.std = (torch.tensor(self.config[k], device=device)[:, None, None] for k in ("mean", "std"))
 
     def folder(self, split, spec=None):
@@ -235,7 +243,7 @@ def evaluate(args, device):
                            "clean_knn": {str(k): v for k, v in knn(x[0, :, 0], y, z[:, 0], val_y, len(names)).items()},
                            "cosine": float(F.cosine_similarity(val_x[:, 0], z[:, 0]).mean())}
     return {**result, "seconds": c.now() - started, "config": vars(args), "pretrain": features.config,
-            "summary": c.read_json(Path(args.run) / "summary.json")}
+            "summary": features.summary}
 
 def sweep_specs(spec, strengths=(0, 0.25, 0.5, 0.75, 1, 1.5, 2)):
     """Test-noise levels of the robustness curve: [(strength relative to the pretraining level, spec), ...]."""
@@ -262,7 +270,8 @@ def report(out):
     """results.md, results.json and the four pictures from out/probe/ARM-seedK.json and out/pretrain/ARM-seedK."""
     arms = {}
     for path in sorted((out / "probe").glob("*-seed*.json")):
-        arms.setdefault(path.stem.rpartition("-seed")[0], {})[path.stem] = c.read_json(path)
+        result = c.read_json(path, {"linear", "knn", "map", "classes", "train", "val", "config", "pretrain", "summary"})
+        arms.setdefault(path.stem.rpartition("-seed")[0], {})[path.stem] = result
     if not arms:
         raise UserError(f"{out}/probe: no results to report; run.sh makes them")
     arms = dict(sorted(arms.items(), key=lambda a: (ORDER + [a[0]]).index(a[0])))

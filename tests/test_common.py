@@ -1506,9 +1506,8 @@ def test_denoised_image_of_another_size_is_refused_with_both_names(colour, tmp_p
     folder = common.Folder(colour)
     for path in folder.paths:
         save(tmp_path / "denoised" / path, photo(0, 8, 8))
-    folder = common.Folder(colour, denoised=tmp_path / "denoised")
-    with pytest.raises(UserError, match=f"denoised.*{folder.paths[2]} is"):
-        folder.read(2, "denoised")
+    with pytest.raises(UserError, match=f"denoised.*{folder.paths[0]} is"):
+        common.Folder(colour, denoised=tmp_path / "denoised")
 
 
 def test_two_images_that_differ_in_suffix_alone_do_not_share_a_denoised_image(tmp_path):
