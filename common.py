@@ -124,23 +124,16 @@ def ends_whole(path):
         file.seek(-8, os.SEEK_END)
         return file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))  # JPEG, PNG
 
-def image_info(path):
-    """(height, width, channels): 1 channel for grey, 3 for colour, any for .npy. Raises UserError for a file that is no
-    whole image: a PNG or JPEG file is one if it ends as it should, others are decoded."""
-    x = read_image(path, header=True)
-    if x.dtype.kind not in "iu":
-        to_float(x, path)  # checks the values
-    return x.shape
-
 def read_image(path, header=False):
-    """One file, upright, in its own depth: (H, W, C) of any real dtype; palette, alpha and CMYK become RGB.
-    Raises UserError for what cannot be decoded. header: zeros of the right shape where the header tells it."""
+    """One file, upright, in its own depth: (H, W, C) of any real dtype; palette, alpha and CMYK become RGB. Raises
+    UserError for what is no whole image. header: zeros of the shape for a PNG or JPEG that ends as it should."""
     try:
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
                 x = np.lib.format.read_array(file, allow_pickle=False)
             if x.ndim not in (2, 3) or 0 in x.shape:
                 raise ValueError(f"shape {x.shape} is neither (H, W) nor (H, W, C)")
+            to_float(x[:1] if x.dtype.kind in "iu" else x, path)  # checks the type, and the values of floats
         else:
             with Image.open(path) as image:
                 # the orientation as it stands before the pixels: a PNG's own getexif() would decode it whole
@@ -157,6 +150,8 @@ def read_image(path, header=False):
                 x = np.array(image)
                 if image.mode == "I" and x.min() >= 0 and x.max() <= 65535:  # Pillow's container for 16-bit files
                     x = x.astype(np.uint16)
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise unreadable(path, error) from None
     return x[:, :, None] if x.ndim == 2 else x
@@ -186,8 +181,8 @@ def parallel(function, items, name, workers=None):
     return [x for part in parts for x in part]
 
 def scan(root, paths):
-    """image_info of all files as an array (N, 3). A large folder's is kept in CACHE, named by a fingerprint of every
-    file's path, size and time of change: the next start reads no image, a changed folder is scanned anew."""
+    """Height, width, channels of all files: array (N, 3). A large folder's is kept in CACHE, named by a fingerprint of
+    all paths, sizes and times of change: the next start reads no image, a changed folder is scanned anew."""
     def stamp(path):
         found = os.stat(root / path)
         return f"{path} {found.st_size} {found.st_mtime_ns}"
@@ -196,7 +191,7 @@ def scan(root, paths):
         with suppress(UserError):  # none yet, or damaged
             return load_checkpoint(kept)["infos"].numpy()
         say(f"{root}: reading the headers of {len(paths)} images; kept in {kept}")
-    infos = np.array(parallel(lambda path: image_info(root / path), paths, "scan"))
+    infos = np.array(parallel(lambda path: read_image(root / path, header=True).shape, paths, "scan"))
     if large:
         with suppress(UserError):  # no room for it: the next start scans again
             write_atomic(kept, lambda file: torch.save({"infos": torch.from_numpy(infos)}, file))
@@ -974,24 +969,25 @@ class Parser(argparse.ArgumentParser):
         return args
 
 def run(main):
-    """Call main() and exit: bad input or a full disk ends with one line and code 2, without a traceback. Of several
-    processes one that fails waits for no other: they may be in a collective, from which torchrun frees them."""
+    """Call main() and exit: bad input, a full disk or memory ends with one line and code 2, without a traceback. Of
+    several processes one that fails waits for no other: they may be in a collective, from which torchrun frees them."""
     on_signal(leave)
     try:
         code = main() or 0
-    except (UserError, OSError, MemoryError) as error:
-        line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")  # a worker's has its traceback
-        print(f"error: {line}", file=sys.stderr)
-        code = 2
     except Exception as error:
-        if world()[1] == 1:
+        lines, code = str(error).strip().splitlines() or [type(error).__name__], 2
+        if isinstance(error, UserError):  # a worker's has its traceback before it
+            print(f"error: {lines[-1].removeprefix('common.UserError: ')}", file=sys.stderr)
+        elif isinstance(error, (OSError, MemoryError)) or "allocate" in lines[0]:
+            print(f"error: {lines[0]}", file=sys.stderr)
+        elif world()[1] == 1:
             raise
-        lost = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
-        print("stopped: another process has failed" if lost else traceback.format_exc(), file=sys.stderr)
-        code = 1
-    if dist.is_initialized() and code == 0:
+        else:
+            lost = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
+            print("stopped: another process has failed" if lost else traceback.format_exc(), file=sys.stderr)
+    if dist.is_initialized():
+        if code:
+            sys.stdout.flush()
+            os._exit(code)
         dist.destroy_process_group()
-    elif dist.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)
     sys.exit(code)

@@ -335,7 +335,7 @@ def apply(args, device):
 
         def made(i, folder=folder, targets=targets):  # whole: a crash of the machine may have left anything
             try:
-                folder.check(i, targets[i], c.image_info(targets[i]))
+                folder.check(i, targets[i], c.read_image(targets[i], header=True).shape)
             except UserError:
                 return False
             return True

@@ -64,8 +64,8 @@ def test_large_folder_is_read_once_and_again_only_where_it_changed(tmp_path, mon
     monkeypatch.setattr(common, "LARGE", 3)
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     images(tmp_path / "data")
-    seen, info = [], common.image_info
-    monkeypatch.setattr(common, "image_info", lambda path: seen.append(path.name) or info(path))
+    seen, read = [], common.read_image
+    monkeypatch.setattr(common, "read_image", lambda path, **kw: seen.append(path.name) or read(path, **kw))
 
     def scanned():
         seen.clear()
@@ -240,6 +240,12 @@ def test_log_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(UserError, match=r"log\.jsonl: cannot be written"):
         loop.tick({"dino": torch.tensor(1.0)}, 4, {})
+
+
+def test_more_memory_than_there_is_is_one_line(base, tmp_path):
+    argv = [*arguments("pretrain", base / "runs", base / "data", tmp_path), "--prototypes", "99999999999999"]
+    code, text = call(pretrain.main, argv)
+    assert code == 2 and "allocate" in one_line(text)
 
 
 @pytest.mark.parametrize("stage", ["train", "apply", "pretrain", "probe"])
