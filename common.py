@@ -293,7 +293,9 @@ class Batches:
     Images are padded right and below to the largest of the batch."""
     def __init__(self, folder, sources, device, cache_gb=4.0, workers=2):
         self.folder, self.sources, self.device, self.workers = folder, sources, device, workers
-        height, width = folder.sizes.amax(0).tolist()
+        (height, width), extreme = folder.sizes.amax(0).tolist(), [folder.paths[i] for i in folder.sizes.argmax(0)]
+        if height * width > max(1e8, 4 * folder.sizes.prod(1).max()):
+            raise UserError(f"{' and '.join(extreme)}: cannot be padded to a common {height} x {width}; take one away")
         size = len(folder) * folder.channels * height * width
         self.cache = None
         if size * len(sources) <= cache_gb * 1e9:

@@ -397,7 +397,7 @@ def disturbed(command, env, folder, rng, moment):
         target = rng.choice([process.pid, *below[:1]])
         with contextlib.suppress(ProcessLookupError):
             os.kill(target, getattr(signal, name))
-        process.wait(120)
+        process.wait(900)  # a signal to a stage that is just ending, or not yet listening, lets the chain go on
         stages = [line for line in (folder / "output").read_text().splitlines() if line.startswith("== ")]
         where = "the stage" if target != process.pid else "the command"
         return process.returncode, f"{name} to {where} after {moment:.1f} s, in: {(stages or ['== start'])[-1][:110]}"

@@ -117,6 +117,20 @@ def test_bombs_and_bad_values_are_named_before_training_starts(tmp_path):
         assert code == 2 and name in one_line(text) and message in text
 
 
+def test_extreme_shapes_are_used_but_for_two_that_would_be_padded_to_a_gigantic_one(base, tmp_path):
+    shutil.copytree(base / "data", data := tmp_path / "data")
+    rng = np.random.default_rng(0)
+    Image.new("RGB", (1, 1)).save(data / "train/cat/one.png")
+    Image.fromarray(picture(rng, 3, 20_000)).save(data / "train/cat/wide.png")
+    argv = arguments("pretrain", tmp_path, data, tmp_path / "run")
+    for stage, out in (("train", "denoiser"), ("apply", "denoised")):
+        assert call(MAINS[stage], arguments(stage, tmp_path, data, tmp_path / out))[0] == 0
+    assert call(pretrain.main, argv)[0] == 0
+    Image.fromarray(picture(rng, 20_000, 3)).save(data / "train/cat/tall.png")
+    code, text = call(MAINS["train"], arguments("train", tmp_path, data, tmp_path / "other"))
+    assert code == 2 and "train/cat/tall.png and train/cat/wide.png: cannot be padded to" in one_line(text)
+
+
 # ======================================================================================================
 # checkpoints
 # ======================================================================================================
