@@ -167,7 +167,7 @@ def denoise(model, images, tile=1024, context=c.nullcontext):
 
 def load_denoiser(folder, device):
     """(U-Net in evaluation mode, the checkpoint's state) from a folder that `train` finished. Raises UserError."""
-    state = c.load_checkpoint(Path(folder) / "checkpoint.pth", needs=STATE)
+    state = c.load_checkpoint(Path(folder) / "checkpoint.pth", needs={"model", "epoch", "config", "data"})
     if state["epoch"] < state["config"]["epochs"]:
         raise UserError(f"{folder}: its training stopped in epoch {state['epoch']}; finish it")
     model = UNet(state["data"]["channels"], state["config"]["width"], state["data"]["depth"]).to(device).eval()
