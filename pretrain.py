@@ -29,13 +29,13 @@ SMALL = {"arch": "128,4,4", "patch_size": 16, "global_size": 64, "local_size": 3
          "warmup_epochs": "2", "teacher_temp_warmup_epochs": "0"}
 PRESETS = {
     "demo": {**SMALL, "epochs": 12, "switch": 8},
-    "tiny": {**SMALL, "epochs": 20, "switch": 12},
+    "tiny": {**SMALL, "patch_size": 8, "epochs": 15, "switch": 9},
     "imagenet100": {"epochs": 200, "switch": 140, "batch_size": 40},  # the paper's tables; the rest are the flags' own
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "switch": 30, "batch_size": 512, "drop_path": 0.1,
                    "warmup_epochs": "10,5", "teacher_temp_warmup_epochs": "30,15"},
 }
 ANCHORS = {"imagenet100": {"gauss100": 4.0, "gauss255": 1.1, "shot1": 5.0, "speckle1.0": 2.0},  # the paper's weights
-           "imagenet1k": {"gauss100": 2.0, "gauss255": 1.6}}
+           "imagenet1k": {"gauss100": 2.0, "gauss255": 1.6}, "demo": {"none": 4.0}, "tiny": {"none": 4.0}}  # none: any
 ARMS = {"random": "noisy:0", "noisy": "noisy:{epochs}", "denoised": "denoised:{epochs}", "clean": "clean:{epochs}",
         "phase1": "denoised:{switch}/{epochs}", "nc": "denoised:{switch}/{epochs},noisy:{rest}",
         "nct": "denoised:{switch}/{epochs},noisy:{rest}"}
@@ -89,8 +89,8 @@ def read_config(argv=None):
                               "lr", "global_size", "local_size", "clip", "teacher_temp"))
     if args.curriculum is None:
         args.curriculum = ARMS[args.arm].format(epochs=args.epochs, switch=args.switch, rest=args.epochs - args.switch)
-        weights = {c.parse_noise(k): w for k, w in ANCHORS.get(args.preset, {}).items()}
-        args.anchor = weights.get(c.parse_noise(args.noise), 1.0) if args.anchor is None else args.anchor
+        weights = {None: 1.0} | {c.parse_noise(k): w for k, w in ANCHORS.get(args.preset, {}).items()}
+        args.anchor = weights.get(c.parse_noise(args.noise), weights[None]) if args.anchor is None else args.anchor
         args.anchor *= args.arm == "nct"
     args.anchor = args.anchor or 0.0
     del args.arm, args.epochs, args.switch  # the curriculum says it all
