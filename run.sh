@@ -45,9 +45,14 @@ if ! has "$python" "$packages" || { [ $mode = test ] && ! has "$python" pytest; 
   "$here/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv $system "$here/.venv"
   python=$here/.venv/bin/python
   has "$python" "$packages" || { echo "installing requirements.txt into .venv"; "$python" -m pip install -q --disable-pip-version-check -r "$here/requirements.txt"; }
-  [ $mode = run ] || has "$python" pytest || "$python" -m pip install -q pytest
+  [ $mode = run ] || has "$python" "pytest pytest_cov" || "$python" -m pip install -q pytest pytest-cov
 fi
-if [ $mode = test ]; then cd "$here"; exec "$python" -m pytest "$@"; fi
+if [ $mode = test ]; then
+  cd "$here"
+  # the whole suite also says which lines it ran
+  [ $# -gt 0 ] || ! has "$python" pytest_cov || set -- --cov --cov-report=term-missing --cov-fail-under=90
+  exec "$python" -m pytest "$@"
+fi
 
 # ==== defaults and checks ====
 if [ -z "$data" ]; then
