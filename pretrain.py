@@ -125,12 +125,10 @@ def anchored(args, phases, p):
 # ==== model: student and teacher are each a backbone with a head ====================================================
 class Network(nn.Module):
     """Backbone and head. forward: crops to prototype logits; each of them run once."""
-
     def __init__(self, args, channels):
         super().__init__()
         self.backbone = c.make_vit(args.arch, args.patch_size, img_size=args.global_size, in_chans=channels,
-                                   init_values=args.layer_scale, drop_path=args.drop_path,
-                                   registers=args.registers)
+                                   init_values=args.layer_scale, drop_path=args.drop_path, registers=args.registers)
         self.head = c.DINOHead(self.backbone.embed_dim, args.prototypes, args.head_hidden, args.head_bottleneck)
 
     def forward(self, crops, picked, masks=None, head=None, drop=None):
@@ -157,9 +155,12 @@ def load_backbone(model, state):
     own = model.state_dict()
     state = {k.removeprefix("module.").removeprefix("backbone.").replace("reg_token", "register_tokens"): v
              for k, v in state.items() if torch.is_tensor(v)}
-    if "pos_embed" in state:
-        side = math.isqrt(own["pos_embed"].shape[1] - 1)
-        state["pos_embed"] = c.resize_pos_embed(state["pos_embed"].float(), (side, side))
+    if (pos := state.get("pos_embed")) is not None:
+        if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm's with registers: cls_token holds its own position
+            pos = nn.functional.pad(pos, (0, 0, 1, 0))  # (1, 1 + N, D)
+        old, side = (math.isqrt(p.shape[1] - 1) for p in (pos, own["pos_embed"]))
+        if old**2 + 1 == pos.shape[1]:
+            state["pos_embed"] = c.resize_pos_embed(pos.float(), (side, side))
     if wrong := [k for k, v in state.items() if k in own and v.shape != own[k].shape]:
         raise UserError(f"--init_backbone: other shapes: {', '.join(wrong)}; use the weights' --arch and --patch_size")
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -232,7 +233,6 @@ def make_crops(args, images, sizes, views, mean, std):
 # ==== the run: state, schedules, loop ===============================================================================
 class Run:
     """Everything that training changes; `state()` is what a checkpoint holds."""
-
     def __init__(self, args, channels, device):
         torch.manual_seed(args.seed)
         self.args, self.device, self.network = args, device, Network(args, channels).to(device)
