@@ -186,6 +186,38 @@ def test_flat_folder_without_classes_is_pretrained_without_probes(data, tmp_path
 
 
 # ======================================================================================================
+# the test command
+# ======================================================================================================
+
+WHOLE = "-m pytest --cov --cov-report=term-missing --cov-fail-under=90"
+
+
+@pytest.mark.parametrize("lacks, flags, ran", [
+    ("nothing", [], [WHOLE]),
+    ("nothing", ["-k", "noise"], ["-m pytest -k noise"]),  # a part of the suite: no figure
+    ("pytest_cov", [], ["-m pytest"]),
+    ("pytest", [], ["-m venv --system-site-packages HERE/.venv", "-m pip install -q pytest pytest-cov",
+                    WHOLE])])
+def test_test_command_measures_coverage_and_installs_only_into_an_environment_of_its_own(tmp_path, lacks, flags, ran):
+    """With a python3 that writes down what it is called for and has every package but one."""
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text(f"""#!/bin/sh
+case " $* " in
+  *" -c "*" {lacks} "*) exit 1 ;;
+  *" -c "* | *" pip --version "*) exit 0 ;;
+  *" venv "*) mkdir -p "{tmp_path}/.venv/bin"; cp "$0" "{tmp_path}/.venv/bin/python" ;;
+esac
+echo "$*" >>"{tmp_path}/ran"
+""")
+    (tmp_path / "bin/python3").chmod(0o755)
+    done = subprocess.run(["bash", str(tmp_path / "run.sh"), "test", *flags], capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").read_text().replace(str(tmp_path), "HERE").splitlines() == ran
+
+
+# ======================================================================================================
 # shapes.py
 # ======================================================================================================
 
