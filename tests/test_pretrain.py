@@ -268,7 +268,7 @@ def make_step(images, *flags, seed=0):
         run.anchor = run.anchor_centers = None
     for network in (run.network, run.teacher, run.anchor):
         for p in network.parameters() if network else ():
-            p.data += 0.05 * torch.randn(p.shape, generator=gen)
+            p.data += 0.2 * torch.randn(p.shape, generator=gen)
     for centers in (run.centers, run.anchor_centers or {}):
         centers |= {k: 0.05 * torch.randn(v.shape, generator=gen) for k, v in centers.items()}
     crops = [torch.randn(8, 3, 32, 32, generator=gen), torch.randn(8, 3, 16, 16, generator=gen)]
