@@ -445,7 +445,7 @@ def test_vit_equals_a_plain_transformer(channels, registers, size):
 @pytest.mark.parametrize("arch", ["vit_small", "vit_base"])
 @torch.no_grad()
 def test_vit_equals_timm_on_the_same_weights(arch):
-    timm = pytest.importorskip("timm", reason="timm (which needs torchvision) is not installed")
+    timm = pytest.importorskip("timm", reason="timm is not installed, or the torchvision that it needs")
     torch.manual_seed(0)
     ours = getattr(common, arch)(patch_size=16).eval()
     for p in ours.parameters():

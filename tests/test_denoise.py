@@ -318,6 +318,8 @@ def test_autocorrelation_is_0_for_white_noise_and_high_for_resized_noise():
     assert abs(denoise.autocorrelation(white + 5)) < 4 / math.sqrt(2 * white.size)
     # each value doubled: half of the neighbours are equal, half independent
     assert abs(denoise.autocorrelation(white.repeat(2, 0).repeat(2, 1)) - 0.5) < 0.02
+    for axis in (0, 1):  # both directions count alike
+        assert abs(denoise.autocorrelation(white.repeat(2, axis)) - 0.25) < 0.02
     smooth = (white[1:] + white[:-1])[:, 1:] + (white[1:] + white[:-1])[:, :-1]
     assert abs(denoise.autocorrelation(smooth) - 0.5) < 0.02
 

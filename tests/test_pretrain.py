@@ -729,7 +729,7 @@ def test_init_backbone_names_what_is_missing_and_unexpected():
     ("vit_small_patch16_224", 16, 0), ("vit_base_patch16_224", 16, 0), ("vit_small_patch14_reg4_dinov2", 14, 4)])
 @torch.no_grad()
 def test_init_backbone_takes_timms_weights_and_gives_timms_features(name, patch, registers):
-    timm = pytest.importorskip("timm", reason="timm (which needs torchvision) is not installed")
+    timm = pytest.importorskip("timm", reason="timm is not installed, or the torchvision that it needs")
     torch.manual_seed(0)
     theirs = timm.create_model(name, init_values=1e-5, num_classes=0, img_size=112).eval()
     for p in theirs.parameters():
