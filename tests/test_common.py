@@ -1252,9 +1252,13 @@ def test_8_bit_png_is_read_as_it_is(tmp_path):
     assert np.array_equal(only(tmp_path), x)
 
 
-def test_16_bit_grey_png_is_scaled_by_its_range(tmp_path):
+@pytest.mark.parametrize("suffix", [".png", ".pgm"])  # Pillow opens the second as 32 bit
+def test_16_bit_grey_image_is_scaled_by_its_range(tmp_path, suffix):
     x = np.array([[0, 257, 1000], [30000, 65000, 65535]], np.uint16)
-    save(tmp_path / "a.png", x)
+    if suffix == ".png":
+        save(tmp_path / "a.png", x)
+    else:
+        (tmp_path / "a.pgm").write_bytes(b"P5 3 2 65535\n" + x.astype(">u2").tobytes())
     assert np.array_equal(only(tmp_path)[..., 0], np.rint(x / 65535 * 255).astype(np.uint8))
 
 

@@ -468,6 +468,20 @@ def test_finished_files_are_skipped_and_a_deleted_one_is_made_again(denoised, ca
     assert [p for p in first if again[p] != first[p]] == ["train/b/3.png"]
 
 
+def test_copying_that_a_signal_stopped_goes_on_to_the_same_files(denoised, tmp_path, monkeypatch):
+    data, denoiser, out = denoised
+    real = denoise.denoise
+    monkeypatch.setattr(denoise, "denoise", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or real(*a))
+    assert apply(data, denoiser, tmp_path, *RUN[:2]) == 75
+    monkeypatch.undo()
+    first, whole = files(tmp_path), files(out)
+    assert 1 < len(first) < len(whole)
+    assert apply(data, denoiser, tmp_path, *RUN[:2]) == 0
+    again = files(tmp_path)
+    assert set(again) == set(whole) and all(again[p] == first[p] for p in first)
+    assert all((tmp_path / p).read_bytes() == (out / p).read_bytes() for p in whole)
+
+
 def test_copy_made_by_another_denoiser_or_of_other_noise_is_not_mixed(folder, denoised, capsys):
     data, denoiser, out = denoised
     victim = out / "val/a/1.png"
@@ -496,6 +510,9 @@ def test_unfinished_and_unfit_denoisers_and_changed_settings_are_refused(folder,
     common.save_checkpoint(tmp_path / "half" / "checkpoint.pth", {**state, "epoch": 3})
     assert "half" in refused(lambda: apply(data, tmp_path / "half", tmp_path / "out"), capsys)
     assert "--epochs 4 (now 5)" in refused(lambda: train(data, denoiser, *RUN[:2], "--epochs", "5"), capsys)
+    assert "--out" in refused(lambda: apply(data, denoiser, data), capsys)  # it would overwrite the noisy images
+    assert "--tile 100" in refused(lambda: apply(data, denoiser, tmp_path / "out", "--tile", "100"), capsys)
+    assert "--amp fp16" in refused(lambda: apply(data, denoiser, tmp_path / "out", "--amp", "fp16"), capsys)
     with pytest.raises(UserError, match="--denoiser"):
         denoise.main(["apply", "--data", str(data), "--out", str(tmp_path / "out")])
 

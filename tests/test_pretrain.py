@@ -698,6 +698,12 @@ def test_init_starts_from_student_teacher_heads_and_centres(images, runs):
     assert run.optimizer.state_dict()["state"] == {} and run.total == 0
 
 
+def test_init_from_another_model_is_refused(images, runs):
+    flags = ["--arm", "noisy", "--prototypes", 32, "--init", runs[0] / "nct/checkpoint.pth"]
+    with pytest.raises(UserError, match="another model: .*last_layer"):
+        pretrain.Run(config(images, *flags), 3, CPU)
+
+
 def test_init_backbone_starts_student_and_teacher_with_a_resized_position_embedding(images, runs, capsys):
     path = runs[0] / "nct/backbone.pth"
     args = config(images, "--arm", "noisy", "--seed", 9, "--global_size", 48, "--init_backbone", path)
