@@ -26,10 +26,10 @@ from common import UserError
 SMALL = {"arch": "128,4,4", "patch_size": 16, "global_size": 64, "local_size": 32, "local_crops": 2, "batch_size": 64,
          "prototypes": 512, "head_hidden": 256, "head_bottleneck": 64, "layer_scale": 1.0, "lr": 0.008,
          "layer_decay": 1.0, "patch_embed_lr": 1.0, "momentum": 0.99, "teacher_temp": 0.04, "ibot_weight": 0.5,
-         "warmup_epochs": "2", "teacher_temp_warmup_epochs": "0"}
+         "warmup_epochs": "2,1", "teacher_temp_warmup_epochs": "0"}
 PRESETS = {
     "demo": {**SMALL, "epochs": 12, "switch": 8},
-    "tiny": {**SMALL, "patch_size": 8, "epochs": 15, "switch": 9},
+    "tiny": {**SMALL, "patch_size": 8, "global_size": 48, "local_size": 24, "epochs": 15, "switch": 9},
     "imagenet100": {"epochs": 200, "switch": 140, "batch_size": 40},  # the paper's tables; the rest are the flags' own
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "switch": 30, "batch_size": 512, "drop_path": 0.1,
                    "warmup_epochs": "10,5", "teacher_temp_warmup_epochs": "30,15"},

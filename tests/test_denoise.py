@@ -418,7 +418,7 @@ def test_denoiser_comes_near_the_local_mean_on_images_of_known_answer(tmp_path):
     for i, level in enumerate(np.random.default_rng(0).uniform(0.35, 0.65, 96)):
         save(tmp_path / "data" / f"{i}.png", np.full((16, 16, 1), round(255 * level), np.uint8))
     train(tmp_path / "data", tmp_path / "out", "--noise", "gauss60", "--epochs", "60", "--batch_size", "8", "--lr",
-          "0.005", "--width", "8", "--log_steps", "50", "--patch", "8")
+          "0.005", "--width", "8", "--log_steps", "50", "--patch", "8", "--init_scale", "0.1")
     q = common.read_json(tmp_path / "out" / "quality.json")
     # better than the mean of 3 x 3 pixels, and than the mean grey level of all images, which is 8.4 dB better
     assert q["denoised_clean"] > q["noisy_clean"] + 10 * math.log10(9)
