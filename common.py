@@ -444,36 +444,36 @@ def augment(images, sizes, view, out):
         apply(view["solarize"], lambda y, _: torch.where(y >= 0.5, 1 - y, y))
     return x
 
-def draw_masks(crops, grid, gen, ratio=(0.1, 0.5), p=0.5, least=4, aspect=(0.3, 1 / 0.3), rounds=30):
+def draw_masks(crops, grid, gen, ratio=(0.1, 0.5), p=0.5, least=4, aspect=(0.3, 1 / 0.3), rounds=10, tries=10):
     """iBOT's block-wise masks for `crops` crops of grid = (rows, columns) patches: bool (crops, rows * columns).
     A share p of the crops is masked, their ratios stratified over `ratio`; blocks of at least `least` patches and of
-    log-uniform aspect are added until the number is reached, or `rounds` proposals: a crop may fall a few patches
-    short, but not below the lowest ratio. All crops in one batched rejection loop."""
-    rows, columns = grid
-    patches = rows * columns
+    log-uniform aspect, the first of `tries` that fits, are added until the number is reached, or for `rounds`: a crop
+    may fall a few patches short, but not below the lowest ratio. All crops in one batched rejection loop."""
+    (rows, columns), patches = grid, math.prod(grid)
     n = int(crops * p)
     low, high = math.ceil(ratio[0] * patches), int(ratio[1] * patches)
     low, least = min(max(low, least), high), min(least, high)  # small grids: a block, but never more than the most
     masks = torch.zeros(crops, rows, columns, dtype=torch.bool)
     strata = (torch.arange(n) + torch.rand(n, generator=gen)) / n  # one uniform draw in each of n equal strata
-    goal = ((ratio[0] + strata * (ratio[1] - ratio[0])) * patches).round().clamp(low, high)
+    goal = ((ratio[0] + strata * (ratio[1] - ratio[0])) * patches).round().clamp(low, high)[:, None]
     chosen = torch.randperm(crops, generator=gen)[:n]
     mask = masks[chosen]  # (n, rows, columns)
     r, c = torch.arange(rows)[:, None], torch.arange(columns)
     for turn in range(100 * rounds):
-        left = goal - mask.sum((1, 2))
+        left = goal - mask.sum((1, 2))[:, None]  # (n, 1)
         if not (left > (0 if turn < rounds else goal - low)).any():
             break
-        u = torch.rand(4, n, generator=gen)
+        u = torch.rand(4, n, tries, generator=gen)
         area = least + u[0] * (left - least).clamp(min=0)
         shape = (math.log(aspect[0]) + u[1] * (math.log(aspect[1]) - math.log(aspect[0]))).exp()
         h, w = (area * shape).sqrt().round().clamp(1, rows), (area / shape).sqrt().round().clamp(1, columns)
         y, x = (u[2] * (rows - h + 1)).floor(), (u[3] * (columns - w + 1)).floor()
-        y, x, h, w = (v[:, None, None] for v in (y, x, h, w))
-        block = (r >= y) & (r < y + h) & (c >= x) & (c < x + w)
-        new = (block & ~mask).sum((1, 2))
-        fits = (new > 0) & (new <= left) & (block.sum((1, 2)) >= least)
-        mask |= block & fits[:, None, None]
+        y, x, h, w = (v[..., None, None] for v in (y, x, h, w))
+        block = (r >= y) & (r < y + h) & (c >= x) & (c < x + w)  # (n, tries, rows, columns)
+        new = (block & ~mask[:, None]).sum((2, 3))
+        fits = (new > 0) & (new <= left) & (block.sum((2, 3)) >= least)
+        first = fits & (fits.cumsum(1) == 1)
+        mask |= (block & first[..., None, None]).any(1)
     masks[chosen] = mask
     return masks.flatten(1)
 

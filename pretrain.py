@@ -26,16 +26,16 @@ from common import UserError
 SMALL = {"arch": "128,4,4", "patch_size": 16, "global_size": 64, "local_size": 32, "local_crops": 2, "batch_size": 64,
          "prototypes": 512, "head_hidden": 256, "head_bottleneck": 64, "layer_scale": 1.0, "lr": 0.008,
          "layer_decay": 1.0, "patch_embed_lr": 1.0, "momentum": 0.99, "teacher_temp": 0.04, "ibot_weight": 0.5,
-         "warmup_epochs": "2", "teacher_temp_warmup_epochs": "0"}
+         "warmup_epochs": "2,1", "teacher_temp_warmup_epochs": "0"}
 PRESETS = {
     "demo": {**SMALL, "epochs": 12, "switch": 8},
-    "tiny": {**SMALL, "epochs": 20, "switch": 12},
+    "tiny": {**SMALL, "patch_size": 8, "global_size": 48, "local_size": 24, "epochs": 15, "switch": 9},
     "imagenet100": {"epochs": 200, "switch": 140, "batch_size": 40},  # the paper's tables; the rest are the flags' own
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "switch": 30, "batch_size": 512, "drop_path": 0.1,
                    "warmup_epochs": "10,5", "teacher_temp_warmup_epochs": "30,15"},
 }
 ANCHORS = {"imagenet100": {"gauss100": 4.0, "gauss255": 1.1, "shot1": 5.0, "speckle1.0": 2.0},  # the paper's weights
-           "imagenet1k": {"gauss100": 2.0, "gauss255": 1.6}}
+           "imagenet1k": {"gauss100": 2.0, "gauss255": 1.6}, "demo": {"none": 4.0}, "tiny": {"none": 4.0}}  # none: any
 ARMS = {"random": "noisy:0", "noisy": "noisy:{epochs}", "denoised": "denoised:{epochs}", "clean": "clean:{epochs}",
         "phase1": "denoised:{switch}/{epochs}", "nc": "denoised:{switch}/{epochs},noisy:{rest}",
         "nct": "denoised:{switch}/{epochs},noisy:{rest}"}
@@ -91,8 +91,8 @@ def read_config(argv=None):
                               "lr", "global_size", "local_size", "clip", "teacher_temp"))
     if args.curriculum is None:
         args.curriculum = ARMS[args.arm].format(epochs=args.epochs, switch=args.switch, rest=args.epochs - args.switch)
-        weights = {c.parse_noise(k): w for k, w in ANCHORS.get(args.preset, {}).items()}
-        args.anchor = weights.get(c.parse_noise(args.noise), 1.0) if args.anchor is None else args.anchor
+        weights = {None: 1.0} | {c.parse_noise(k): w for k, w in ANCHORS.get(args.preset, {}).items()}
+        args.anchor = weights.get(c.parse_noise(args.noise), weights[None]) if args.anchor is None else args.anchor
         args.anchor *= args.arm == "nct"
     args.anchor = args.anchor or 0.0
     del args.arm, args.epochs, args.switch  # the curriculum says it all
@@ -129,12 +129,10 @@ def anchored(args, phases, p):
 # ==== model: student and teacher are each a backbone with a head ====================================================
 class Network(nn.Module):
     """Backbone and head. forward: crops to prototype logits; each of them run once."""
-
     def __init__(self, args, channels):
         super().__init__()
         self.backbone = c.make_vit(args.arch, args.patch_size, img_size=args.global_size, in_chans=channels,
-                                   init_values=args.layer_scale, drop_path=args.drop_path,
-                                   registers=args.registers)
+                                   init_values=args.layer_scale, drop_path=args.drop_path, registers=args.registers)
         self.head = c.DINOHead(self.backbone.embed_dim, args.prototypes, args.head_hidden, args.head_bottleneck)
 
     def forward(self, crops, picked, masks=None, head=None, drop=None):
@@ -161,9 +159,12 @@ def load_backbone(model, state):
     own = model.state_dict()
     state = {k.removeprefix("module.").removeprefix("backbone.").replace("reg_token", "register_tokens"): v
              for k, v in state.items() if torch.is_tensor(v)}
-    if "pos_embed" in state:
-        side = math.isqrt(own["pos_embed"].shape[1] - 1)
-        state["pos_embed"] = c.resize_pos_embed(state["pos_embed"].float(), (side, side))
+    if (pos := state.get("pos_embed")) is not None:
+        if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm's with registers: cls_token holds its own position
+            pos = nn.functional.pad(pos, (0, 0, 1, 0))  # (1, 1 + N, D)
+        old, side = (math.isqrt(p.shape[1] - 1) for p in (pos, own["pos_embed"]))
+        if old**2 + 1 == pos.shape[1]:
+            state["pos_embed"] = c.resize_pos_embed(pos.float(), (side, side))
     if wrong := [k for k, v in state.items() if k in own and v.shape != own[k].shape]:
         raise UserError(f"--init_backbone: other shapes: {', '.join(wrong)}; use the weights' --arch and --patch_size")
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -246,7 +247,6 @@ def make_crops(args, images, sizes, views, mean, std):
 # ==== the run: state, schedules, loop ===============================================================================
 class Run:
     """Everything that training changes; `state()` is what a checkpoint holds."""
-
     def __init__(self, args, channels, device):
         torch.manual_seed(args.seed)
         self.args, self.device, self.network = args, device, Network(args, channels).to(device)

@@ -4,7 +4,7 @@ set -euo pipefail
 usage() {
   cat <<'TEXT'
 bash run.sh                    demonstration on built-in images (runs/demo), 10 to 20 minutes on two CPU cores
-bash run.sh test               the test suite
+bash run.sh test [flags]       the test suite; or a part of it, by flags of pytest: -k noise
 bash run.sh --data DIR [options] [-- any pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
   --noise SPEC      synthetic noise: gauss100, shot3, speckle0.4, rician60, impulse0.3, gauss50-255; none (default):
@@ -22,7 +22,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 data='' noise='' preset='' arms='' seeds=0 gpus=1 denoised='' out='' mode=run extra=()
 [ "${1-}" = test ] && { mode=test; shift; }
-while [ $# -gt 0 ]; do
+while [ $mode = run ] && [ $# -gt 0 ]; do
   case $1 in
     --data|--noise|--preset|--arms|--seeds|--gpus|--denoised|--out)
       [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
@@ -45,9 +45,14 @@ if ! has "$python" "$packages" || { [ $mode = test ] && ! has "$python" pytest; 
   "$here/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv $system "$here/.venv"
   python=$here/.venv/bin/python
   has "$python" "$packages" || { echo "installing requirements.txt into .venv"; "$python" -m pip install -q --disable-pip-version-check -r "$here/requirements.txt"; }
-  [ $mode = run ] || has "$python" pytest || "$python" -m pip install -q pytest
+  [ $mode = run ] || has "$python" "pytest pytest_cov" || "$python" -m pip install -q pytest pytest-cov
 fi
-if [ $mode = test ]; then cd "$here"; exec "$python" -m pytest "$@"; fi
+if [ $mode = test ]; then
+  cd "$here"
+  # the whole suite also says which lines it ran
+  [ $# -gt 0 ] || ! has "$python" pytest_cov || set -- --cov --cov-report=term-missing --cov-fail-under=90
+  exec "$python" -m pytest "$@"
+fi
 
 # ==== defaults and checks ====
 if [ -z "$data" ]; then

@@ -318,6 +318,8 @@ def test_autocorrelation_is_0_for_white_noise_and_high_for_resized_noise():
     assert abs(denoise.autocorrelation(white + 5)) < 4 / math.sqrt(2 * white.size)
     # each value doubled: half of the neighbours are equal, half independent
     assert abs(denoise.autocorrelation(white.repeat(2, 0).repeat(2, 1)) - 0.5) < 0.02
+    for axis in (0, 1):  # both directions count alike
+        assert abs(denoise.autocorrelation(white.repeat(2, axis)) - 0.25) < 0.02
     smooth = (white[1:] + white[:-1])[:, 1:] + (white[1:] + white[:-1])[:, :-1]
     assert abs(denoise.autocorrelation(smooth) - 0.5) < 0.02
 
@@ -416,7 +418,7 @@ def test_denoiser_comes_near_the_local_mean_on_images_of_known_answer(tmp_path):
     for i, level in enumerate(np.random.default_rng(0).uniform(0.35, 0.65, 96)):
         save(tmp_path / "data" / f"{i}.png", np.full((16, 16, 1), round(255 * level), np.uint8))
     train(tmp_path / "data", tmp_path / "out", "--noise", "gauss60", "--epochs", "60", "--batch_size", "8", "--lr",
-          "0.005", "--width", "8", "--log_steps", "50", "--patch", "8")
+          "0.005", "--width", "8", "--log_steps", "50", "--patch", "8", "--init_scale", "0.1")
     q = common.read_json(tmp_path / "out" / "quality.json")
     # better than the mean of 3 x 3 pixels, and than the mean grey level of all images, which is 8.4 dB better
     assert q["denoised_clean"] > q["noisy_clean"] + 10 * math.log10(9)
@@ -466,6 +468,20 @@ def test_finished_files_are_skipped_and_a_deleted_one_is_made_again(denoised, ca
     assert [p for p in first if again[p] != first[p]] == ["train/b/3.png"]
 
 
+def test_copying_that_a_signal_stopped_goes_on_to_the_same_files(denoised, tmp_path, monkeypatch):
+    data, denoiser, out = denoised
+    real = denoise.denoise
+    monkeypatch.setattr(denoise, "denoise", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or real(*a))
+    assert apply(data, denoiser, tmp_path, *RUN[:2]) == 75
+    monkeypatch.undo()
+    first, whole = files(tmp_path), files(out)
+    assert 1 < len(first) < len(whole)
+    assert apply(data, denoiser, tmp_path, *RUN[:2]) == 0
+    again = files(tmp_path)
+    assert set(again) == set(whole) and all(again[p] == first[p] for p in first)
+    assert all((tmp_path / p).read_bytes() == (out / p).read_bytes() for p in whole)
+
+
 def test_copy_made_by_another_denoiser_or_of_other_noise_is_not_mixed(folder, denoised, capsys):
     data, denoiser, out = denoised
     victim = out / "val/a/1.png"
@@ -494,6 +510,9 @@ def test_unfinished_and_unfit_denoisers_and_changed_settings_are_refused(folder,
     common.save_checkpoint(tmp_path / "half" / "checkpoint.pth", {**state, "epoch": 3})
     assert "half" in refused(lambda: apply(data, tmp_path / "half", tmp_path / "out"), capsys)
     assert "--epochs 4 (now 5)" in refused(lambda: train(data, denoiser, *RUN[:2], "--epochs", "5"), capsys)
+    assert "--out" in refused(lambda: apply(data, denoiser, data), capsys)  # it would overwrite the noisy images
+    assert "--tile 100" in refused(lambda: apply(data, denoiser, tmp_path / "out", "--tile", "100"), capsys)
+    assert "--amp fp16" in refused(lambda: apply(data, denoiser, tmp_path / "out", "--amp", "fp16"), capsys)
     with pytest.raises(UserError, match="--denoiser"):
         denoise.main(["apply", "--data", str(data), "--out", str(tmp_path / "out")])
 

@@ -268,7 +268,7 @@ def make_step(images, *flags, seed=0):
         run.anchor = run.anchor_centers = None
     for network in (run.network, run.teacher, run.anchor):
         for p in network.parameters() if network else ():
-            p.data += 0.05 * torch.randn(p.shape, generator=gen)
+            p.data += 0.2 * torch.randn(p.shape, generator=gen)
     for centers in (run.centers, run.anchor_centers or {}):
         centers |= {k: 0.05 * torch.randn(v.shape, generator=gen) for k, v in centers.items()}
     crops = [torch.randn(8, 3, 32, 32, generator=gen), torch.randn(8, 3, 16, 16, generator=gen)]
@@ -317,6 +317,24 @@ def test_total_is_the_weighted_sum_of_losses_recomputed_by_plain_calls(images, a
     assert losses.keys() == expected.keys()
     for name, value in losses.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_losses_of_a_step_in_bf16_equal_float32_to_a_hundredth(images):
+    steps = [make_step(images, "--arm", "nct", "--anchor", 2) for _ in range(2)]
+    full = pretrain.step_losses(*steps[0], 0.05)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = pretrain.step_losses(*steps[1], 0.05)[0]
+    assert len(full) == 6 and {v.dtype for v in low.values()} == {torch.float32} and low["dino"] != full["dino"]
+    assert {k: v.item() for k, v in low.items()} == pytest.approx({k: v.item() for k, v in full.items()}, rel=1e-2)
+
+
+def test_both_teachers_are_sharpened_by_the_scheduled_temperature(images, tmp_path, monkeypatch):
+    seen, softmax = [], common.softmax_center
+    monkeypatch.setattr(common, "softmax_center", lambda *a: seen.append(a[2]) or softmax(*a))
+    train(images, tmp_path / "run", "--curriculum", "denoised:2,noisy:1", "--anchor", 1)
+    warm = [0.04, 0.055, 0.07]
+    live, both = np.repeat([*warm, 0.07, 0.07, 0.07], 2), np.repeat(warm, 4)  # class tokens and patches of a teacher
+    assert seen == pytest.approx([*live, *both])
 
 
 def test_sinkhorn_targets_do_not_depend_on_the_centres(images):
@@ -496,6 +514,20 @@ def test_last_layer_is_frozen_in_the_first_epoch_of_each_phase(images, tmp_path,
     assert moved["mlp"] == [True] * 4 * STEPS
 
 
+def test_update_is_adamw_with_betas_of_0_9_and_0_999(images):
+    _, run, *_ = make_step(images, "--arm", "noisy", "--clip", 1e9)
+    weight, gen = run.network.head.mlp[0].weight, torch.Generator().manual_seed(0)
+    expected, first, second = weight.detach().double().clone(), 0, 0
+    for t in range(1, 4):
+        gradient = torch.randn(weight.shape, generator=gen)
+        run.update((weight * gradient).sum(), VALUES)
+        gradient = gradient.double()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * step  # decoupled decay: rate x weight decay
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_are_clipped_for_backbone_and_head_each(images):
     directions = {}
     for clip in (1e9, 0.01):
@@ -666,6 +698,12 @@ def test_init_starts_from_student_teacher_heads_and_centres(images, runs):
     assert run.optimizer.state_dict()["state"] == {} and run.total == 0
 
 
+def test_init_from_another_model_is_refused(images, runs):
+    flags = ["--arm", "noisy", "--prototypes", 32, "--init", runs[0] / "nct/checkpoint.pth"]
+    with pytest.raises(UserError, match="another model: .*last_layer"):
+        pretrain.Run(config(images, *flags), 3, CPU)
+
+
 def test_init_backbone_starts_student_and_teacher_with_a_resized_position_embedding(images, runs, capsys):
     path = runs[0] / "nct/backbone.pth"
     args = config(images, "--arm", "noisy", "--seed", 9, "--global_size", 48, "--init_backbone", path)
@@ -693,6 +731,40 @@ def test_init_backbone_names_what_is_missing_and_unexpected():
     assert torch.equal(model.state_dict()["register_tokens"], expected)
 
 
+@pytest.mark.parametrize("name, patch, registers", [
+    ("vit_small_patch16_224", 16, 0), ("vit_base_patch16_224", 16, 0), ("vit_small_patch14_reg4_dinov2", 14, 4)])
+@torch.no_grad()
+def test_init_backbone_takes_timms_weights_and_gives_timms_features(name, patch, registers):
+    timm = pytest.importorskip("timm", reason="timm is not installed, or the torchvision that it needs")
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, init_values=1e-5, num_classes=0, img_size=112).eval()
+    for p in theirs.parameters():
+        p.add_(0.02 * torch.randn(p.shape))
+    ours = common.make_vit(name[:name.index("_patch")], patch, img_size=112, registers=registers).eval()
+    message = pretrain.load_backbone(ours, theirs.state_dict())
+    assert message.endswith("missing: mask_token; unexpected: none")
+    x = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(1))
+    tokens, out = theirs.forward_features(x), ours.forward_features(x)
+    torch.testing.assert_close(out["cls"], tokens[:, 0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out["patches"], tokens[:, 1 + registers:], rtol=1e-3, atol=1e-4)
+
+
+def test_init_backbone_takes_a_position_embedding_without_the_class_token():
+    """timm's ViTs with registers: the class token holds its own position."""
+    model = common.make_vit("16,2,2", 8, img_size=48, registers=2)
+    pos = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    grid = F.interpolate(pos.unflatten(1, (4, 4)).permute(0, 3, 1, 2), size=(6, 6), mode="bicubic", align_corners=False)
+    pretrain.load_backbone(model, {"pos_embed": pos})
+    assert (model.pos_embed[:, 0] == 0).all()
+    torch.testing.assert_close(model.pos_embed[:, 1:].detach(), grid.flatten(2).mT, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1 + 4 + 16, 12])
+def test_init_backbone_with_a_position_embedding_of_no_square_is_refused(tokens):
+    with pytest.raises(UserError, match="--init_backbone: .*pos_embed"):
+        pretrain.load_backbone(common.make_vit("16,2,2", 8, img_size=48), {"pos_embed": torch.zeros(1, tokens, 16)})
+
+
 def test_init_backbone_of_another_shape_is_refused():
     model = common.make_vit("16,2,2", 8, img_size=32)
     before = copy.deepcopy(model.state_dict())
@@ -717,6 +789,21 @@ def test_draws_are_fixed_by_seed_phase_epoch_and_step(images):
     assert torch.equal(half[0][2]["boxes"], first[0][2]["boxes"][4:])
     assert torch.equal(half[1].view(2, 4, 16), first[1].view(2, 8, 16)[:, 4:])
     assert torch.equal(half[2][1].view(4, 2, 4), first[2][1].view(4, 2, 8)[:, :, 4:])
+
+
+def test_every_view_is_drawn_with_dinov2s_frequencies_and_areas(images):
+    """Global view 1 is always blurred, view 2 seldom and it alone solarised: not the other way round."""
+    n = 10_000
+    args = config(images, "--arm", "noisy", "--local_crops", 3)
+    views, masks, _ = pretrain.draw_step(args, torch.full((n, 2), 500), 2, 0, 0, 0)
+    kinds = [(1.0, 0.0, (0.32, 1)), (0.1, 0.2, (0.32, 1)), *[(0.5, 0.0, (0.05, 0.32))] * 3]
+    for view, (blur, solarize, scale) in zip(views, kinds, strict=True):
+        for key, p in {"flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": blur, "solarize": solarize}.items():
+            assert view[key].double().mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n)), key
+        area = view["boxes"][:, 2:].prod(1) / 500**2
+        assert scale[0] * 0.98 < area.min() < scale[0] * 1.05 and scale[1] * 0.95 < area.max() < scale[1] * 1.02
+    assert len({v["flip"].double().dot(torch.arange(n).double()).item() for v in views}) == 5  # each view its own
+    assert masks.any(1).sum() == n and 0 < masks[:n].any(1).sum() < n  # half of the crops of both views
 
 
 def test_seeds_give_other_weights(images, runs, tmp_path):

@@ -383,6 +383,39 @@ def test_real_noise_has_neither_clean_figures_nor_sweep(small):
     assert 0 <= result["linear"] <= 100 and 0 < result["map"] <= 100
 
 
+def test_every_stage_sees_the_same_noise_of_an_image(small, tmp_path, monkeypatch):
+    """Fixed by --noise_seed and the image's path, whatever --seed is: training of both kinds, denoised copy, probe."""
+    noise = ["--noise", "gauss50", "--noise_seed", "7", "--seed", "3"]
+    seen, stage, add_noise = {}, [], common.add_noise
+
+    def watched(image, spec, key, seed=0):
+        x = add_noise(image, spec, key, seed)
+        seen.setdefault(stage[-1], {}).setdefault((spec, key), set()).add(x.tobytes())
+        return x
+
+    monkeypatch.setattr(common, "add_noise", watched)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    quick = ["--data", str(small[0]), *noise, "--workers", "0", "--device", "cpu"]
+    denoiser = str(tmp_path / "denoiser")
+    stage.append("denoiser")
+    denoise.main(["train", *quick, "--out", denoiser, "--epochs", "1", "--width", "4", "--patch", "16"])
+    stage.append("denoised copy")
+    denoise.main(["apply", *quick, "--out", str(tmp_path / "copy"), "--denoiser", denoiser])
+    stage.append("pretraining")
+    pretrained(small[0], tmp_path / "run", *noise)
+    stage.append("probe")
+    probed(small[0], tmp_path / "run", *noise)
+    monkeypatch.undo()
+    everyone = common.Folder(small[0]).paths + common.Folder(small[0], "val").paths
+    for name, images in seen.items():
+        drawn = {key for _, key in images}
+        assert drawn == {p for p in everyone if name != "pretraining" or p.startswith("train/")}, name
+        for (spec, key), bits in images.items():
+            x = common.to_float(common.read_image(small[0] / key))
+            assert bits == {add_noise(x, spec, key, 7).tobytes()}, (name, key)
+    assert {spec for name in seen for spec, _ in seen[name] if name != "probe"} == {"gauss50"}
+
+
 @pytest.fixture(scope="module")
 def cleaned(small, tmp_path_factory):
     """Flags of the denoised arm: the copy that a denoiser of random weights made, and that denoiser."""

@@ -186,6 +186,96 @@ def test_flat_folder_without_classes_is_pretrained_without_probes(data, tmp_path
 
 
 # ======================================================================================================
+# the test command
+# ======================================================================================================
+
+WHOLE = "-m pytest --cov --cov-report=term-missing --cov-fail-under=90"
+
+
+def recorded(tmp_path, *flags, lacks="nothing"):
+    """What a copy of run.sh calls python3 for: one that does nothing, has every package but one, and two GPUs."""
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text(f"""#!/bin/sh
+case " $* " in
+  *" -c "*device_count*) echo 2; exit 0 ;;
+  *" -c "*" {lacks} "*) exit 1 ;;
+  *" -c "* | *" pip --version "*) exit 0 ;;
+  *" venv "*) mkdir -p "{tmp_path}/.venv/bin"; cp "$0" "{tmp_path}/.venv/bin/python" ;;
+esac
+echo "$*" >>"{tmp_path}/ran"
+""")
+    (tmp_path / "bin/python3").chmod(0o755)
+    done = subprocess.run(["bash", str(tmp_path / "run.sh"), *flags], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    return (tmp_path / "ran").read_text().replace(f"{tmp_path}/", "").splitlines()
+
+
+@pytest.mark.parametrize("lacks, flags, ran", [
+    ("nothing", [], [WHOLE]),
+    ("nothing", ["-k", "noise"], ["-m pytest -k noise"]),  # a part of the suite: no figure
+    ("pytest_cov", [], ["-m pytest"]),
+    ("pytest", [], ["-m venv --system-site-packages .venv", "-m pip install -q pytest pytest-cov", WHOLE])])
+def test_test_command_measures_coverage_and_installs_only_into_an_environment_of_its_own(tmp_path, lacks, flags, ran):
+    assert recorded(tmp_path, "test", *flags, lacks=lacks) == ran
+
+
+# ======================================================================================================
+# what each arm is
+# ======================================================================================================
+
+def calls(tmp_path, *flags):
+    """Stages of a chain on data/ into out/, as run.sh calls them."""
+    for folder in ("data/train", "data/val", "out/denoiser"):
+        (tmp_path / folder).mkdir(parents=True)
+    return recorded(tmp_path, "--data", "data", "--noise", "gauss50", "--out", "out", *flags)
+
+
+def pretraining(arm, flags, seed=0, base="--data data --noise gauss50 --preset tiny"):
+    return f"pretrain.py {base} --arm {arm} --seed {seed} --out out/pretrain/{arm}-seed{seed}{flags} --epochs 9"
+
+
+def probing(arm, flags="", seed=0, base="--data data --noise gauss50 --preset tiny"):
+    return f"probe.py {base} --run out/pretrain/{arm}-seed{seed} --out out/probe/{arm}-seed{seed}.json{flags}"
+
+
+def test_every_arm_is_pretrained_and_probed_on_the_images_of_its_kind(tmp_path):
+    """Clean images for the upper bound, denoised ones and a denoiser for the arm that keeps it, noisy for the rest."""
+    base, seen = "--data data --noise gauss50 --preset tiny", " --denoised out/denoised"
+    fork = f"{seen} --fork out/pretrain/phase1-seed0/checkpoint.pth"
+    assert calls(tmp_path, "--preset", "tiny", "--", "--epochs", "9") == [
+        f"probe.py check {base} --run none --out none",
+        f"denoise.py train {base} --out out/denoiser",
+        f"denoise.py apply {base} --denoiser out/denoiser --out out/denoised",
+        pretraining("phase1", seen),
+        pretraining("random", ""), probing("random"),
+        pretraining("noisy", ""), probing("noisy"),
+        pretraining("denoised", fork), probing("denoised", f"{seen} --denoiser out/denoiser"),
+        pretraining("nc", fork), probing("nc"),
+        pretraining("nct", fork), probing("nct"),
+        pretraining("clean", ""), probing("clean", " --noise none"),
+        "probe.py report out"]
+
+
+def test_anchor_of_imagenet1k_is_the_finished_denoised_teacher(tmp_path):
+    ran = calls(tmp_path, "--preset", "imagenet1k", "--arms", "nct", "--denoised", "mine", "--", "--epochs", "9")
+    base, fork = "--data data --noise gauss50 --preset imagenet1k", " --fork out/pretrain/phase1-seed0/checkpoint.pth"
+    anchor = " --anchor_from out/pretrain/denoised-seed0/checkpoint.pth"
+    assert ran[1:] == [pretraining("phase1", " --denoised mine", base=base),
+                       pretraining("denoised", " --denoised mine" + fork, base=base),
+                       pretraining("nct", " --denoised mine" + fork + anchor, base=base),
+                       probing("nct", base=base), "probe.py report out"]
+
+
+def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
+    ran = calls(tmp_path, "--preset", "tiny", "--arms", "noisy", "--seeds", "0 3", "--gpus", "2", "--", "--epochs", "9")
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 "
+    assert ran[1:-1] == [launch + pretraining("noisy", ""), probing("noisy"),
+                         launch + pretraining("noisy", "", 3), probing("noisy", seed=3)]
+
+
+# ======================================================================================================
 # shapes.py
 # ======================================================================================================
 
