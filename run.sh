@@ -79,16 +79,19 @@ if [ "$gpus" -gt 1 ]; then
   launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$gpus")
 fi
 
-# ==== one stage after the other; a signal reaches the stage, which saves and ends with 75 ====
-child=''
-trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT HUP USR1
+# ==== one stage after the other; a signal reaches the stage, which saves; then this script ends with 75 ====
+child='' stopped=''
+trap 'stopped=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT HUP USR1
 stage() {
+  [ -z "$stopped" ] || exit 75
   echo "== $* =="
   "$@" & child=$!
+  [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true
   local code=0
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
   child=''
+  [ -z "$stopped" ] || exit 75
   [ $code -eq 0 ] || exit $code
 }
 common=(--data "$data" --noise "$noise" --preset "$preset")
@@ -99,10 +102,10 @@ if [ -d "$data/train" ] && [ -d "$data/val" ]; then
 else
   echo "no train/ and val/ in $data: pretraining without probes"
 fi
-mkdir -p "$out"
+mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "--out $out: cannot be written"
 if command -v flock >/dev/null; then  # a process left by a killed run may still be writing: let it end
   exec 9>"$out/.lock"
-  flock -n 9 || { echo "waiting for another run in $out"; flock 9; }
+  flock -n 9 || { echo "waiting for another run in $out"; stage flock 9; }
 fi
 
 if [[ " $arms " =~ \ (denoised|nc|nct)\  ]] && [ -z "$denoised" ]; then
