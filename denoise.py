@@ -9,6 +9,7 @@ Out of apply: the same relative paths below OUT/denoised, 8-bit .png (.npy where
 Both go on where they stopped when the same command is given again; an interrupted run exits with code 75.
 """
 
+import hashlib
 import io
 import math
 import signal
@@ -299,48 +300,54 @@ def encode(x):
 
 def apply(args, device):
     out, (rank, size) = Path(args.out), c.world()
-    if out.resolve() == Path(args.data).resolve():
-        raise UserError(f"--out {out}: is the data folder; name another one")
+    splits = [s for s in ("train", "val") if (Path(args.data) / s).is_dir()]
+    noisy = [Path(args.data, s).resolve() for s in splits or ["."]]
+    if out.resolve() == Path(args.data).resolve() or any(out.resolve().is_relative_to(root) for root in noisy):
+        raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another one")
     model, state = load_denoiser(args.denoiser, device)
     config = state["config"]
     for k in ("noise", "noise_seed"):
         if config[k] != getattr(args, k):
             c.say(f"warning: the denoiser was trained with --{k} {config[k]}, now {getattr(args, k)}")
-    maker = {"denoiser": float(sum(p.detach().double().abs().sum() for p in model.parameters())), "noise": args.noise,
-             "noise_seed": args.noise_seed}
+    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
+    maker = {"denoiser": weights[:32], "noise": args.noise, "noise_seed": args.noise_seed}
+    strangers = c.list_images(out)  # before the look for made_by.json, which another process may be writing
     if (out / "made_by.json").exists():
         c.check_config(c.read_json(out / "made_by.json"), maker, set(), out)
+    elif strangers:
+        raise UserError(f"--out {out}: holds images that apply did not make, {strangers[0]} first; name another folder")
     elif rank == 0:
         c.write_json(out / "made_by.json", maker)
     context, _ = c.autocast(device, args.amp)
     asked = []  # signals
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(s, lambda *_: asked.append(1))
-    splits = [s for s in ("train", "val") if (Path(args.data) / s).is_dir()] or ["train"]
-    for split in splits:
+    for split in splits or ["train"]:
         folder = c.Folder(args.data, split, args.noise, args.noise_seed)
         if folder.channels != state["data"]["channels"]:
             raise UserError(f"{args.data}: {folder.channels} channels, not the denoiser's {state['data']['channels']}")
         suffix = ".png" if folder.channels in (1, 3) else ".npy"
         targets = [out / (stem + suffix) for stem in folder.stems()]
-        todo = [i for i in range(len(folder)) if not targets[i].exists()]
+        todo = {i for i in range(len(folder)) if not targets[i].exists()}
         c.say(f"{split}: {len(folder) - len(todo)} of {len(folder)} already denoised")
-        # buckets of equal size, so that a batch needs no padding; a fixed number of pixels a batch bounds the memory
-        todo = sorted(todo[rank::size], key=lambda i: (*folder.sizes[i].tolist(), i))
+        # buckets of equal size, so that a batch needs no padding; a fixed number of pixels a batch bounds the memory;
+        # the same batches whatever is made already, and by how many processes: they give the same bits
         budget, batches, pixels = 2**22 if device.type == "cuda" else 2**17, [], 0
-        for i in todo:
+        for i in sorted(range(len(folder)), key=lambda i: (*folder.sizes[i].tolist(), i)):
             area = int(folder.sizes[i].prod())
             if not batches or (folder.sizes[batches[-1][0]] != folder.sizes[i]).any() or pixels + area > budget:
                 batches.append([])
                 pixels = 0
             batches[-1].append(i)
             pixels += area
+        batches = [batch for batch in batches if todo.intersection(batch)][rank::size]
 
-        def write(i, x, folder=folder, targets=targets):
-            c.write_atomic(targets[i], lambda f: f.write(encode(np.ascontiguousarray(x))[1]), sync=False)
+        def write(i, x, targets=targets, todo=todo):
+            if i in todo:
+                c.write_atomic(targets[i], lambda f: f.write(encode(np.ascontiguousarray(x))[1]), sync=False)
 
         source = c.Batches(folder, ["noisy"], device, 0.0, args.workers)  # streamed: each image is needed once
-        bar = tqdm(total=len(todo), desc=f"denoise {split}", disable=rank > 0 or None, unit="image")
+        bar = tqdm(total=sum(map(len, batches)), desc=f"denoise {split}", disable=rank > 0 or None, unit="image")
         with ThreadPoolExecutor(max(1, args.workers)) as pool:
             for index, ((images,), _) in zip(batches, source.epoch(batches), strict=True):
                 result = denoise(model, images, args.tile, context).permute(0, 2, 3, 1).cpu().numpy()
