@@ -482,6 +482,38 @@ def test_copying_that_a_signal_stopped_goes_on_to_the_same_files(denoised, tmp_p
     assert all((tmp_path / p).read_bytes() == (out / p).read_bytes() for p in whole)
 
 
+def test_missing_image_is_made_again_in_the_batch_of_a_whole_copy(denoised, tmp_path, monkeypatch):
+    """The same shapes for the same images: results must not depend on what an interrupted copy had already made."""
+    data, denoiser, _ = denoised
+    shapes, real = [], denoise.denoise
+    monkeypatch.setattr(denoise, "denoise", lambda m, x, *a: shapes.append(tuple(x.shape)) or real(m, x, *a))
+    assert apply(data, denoiser, tmp_path, *RUN[:2]) == 0
+    whole, before = set(shapes), files(tmp_path)
+    victim = min(p for p in before if p.endswith(".png"))
+    (tmp_path / victim).unlink()
+    shapes.clear()
+    assert apply(data, denoiser, tmp_path, *RUN[:2]) == 0
+    assert len(shapes) == 1 and shapes[0] in whole and shapes[0][0] > 1
+    after = files(tmp_path)
+    assert set(after) == set(before) and [p for p in after if after[p] != before[p]] == [victim]
+
+
+def test_foreign_images_are_never_taken_for_denoised_ones(denoised, tmp_path, capsys):
+    data, denoiser, _ = denoised
+    save(tmp_path / "out" / "train" / "a" / "1.png", picture(0, 16, 16))
+    error = refused(lambda: apply(data, denoiser, tmp_path / "out", *RUN[:2]), capsys)
+    assert "images that apply did not make, train/a/1.png first" in error
+    assert set(files(tmp_path / "out")) == {"train/a/1.png"}
+
+
+@pytest.mark.parametrize("out", ["", "val", "train/denoised"])
+def test_denoised_images_never_go_among_the_noisy_ones(denoised, out, capsys):
+    data, denoiser, _ = denoised
+    before = files(data)
+    assert "among the noisy images" in refused(lambda: apply(data, denoiser, data / out, *RUN[:2]), capsys)
+    assert files(data) == before
+
+
 def test_copy_made_by_another_denoiser_or_of_other_noise_is_not_mixed(folder, denoised, capsys):
     data, denoiser, out = denoised
     victim = out / "val/a/1.png"
