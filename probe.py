@@ -134,27 +134,27 @@ def head_inputs(dim):
     return blocks.repeat_interleave(dim, 1).float()
 
 def train_heads(x, y, classes, rates, masks, iterations, batch_size, seed):
-    """SGD 0.9 without weight decay, cosine to 0, of len(masks) * len(rates) linear heads as one product.
+    """SGD 0.9 without weight decay, cosine to 0, of len(masks) * len(rates) linear heads as one matrix product.
     x (V, N, F) features of V views, y (N,) classes; rates: learning rates at batch 256; masks (M, F): each head's
     inputs. Gives weight (M R, F, classes) and bias (M R, classes), heads ordered by mask, then rate."""
     gen = torch.Generator().manual_seed(seed)
     heads, size = len(masks) * len(rates), min(batch_size, len(y))
-    lr = (torch.tensor(rates) * size / 256).repeat(len(masks)).to(x.device)[:, None, None]
-    mask = masks.repeat_interleave(len(rates), 0).to(x.device)[..., None]  # (heads, F, 1)
+    lr = (torch.tensor(rates) * size / 256).repeat(len(masks)).to(x.device)[:, None]
+    mask = masks.repeat_interleave(len(rates), 0).T.to(x.device)[..., None]  # (F, heads, 1)
     start = torch.randn(masks.shape[1], classes, generator=gen) * 0.01  # the same for every head, DINOv2's scale
-    weight, bias = start.to(x.device) * mask, torch.zeros(heads, 1, classes, device=x.device)
+    weight, bias = start.to(x.device)[:, None] * mask, torch.zeros(heads, classes, device=x.device)
     speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
     for i in range(iterations):
         pick, view = torch.randint(len(y), (2, size), generator=gen).to(x.device)
         xb, yb = x[view % len(x), pick], y[pick]
-        logits = xb @ weight + bias  # (heads, B, classes)
-        grad = (logits.softmax(-1) - F.one_hot(yb, classes)) / size
+        logits = (xb @ weight.flatten(1)).view(size, heads, classes) + bias
+        grad = (logits.softmax(-1) - F.one_hot(yb, classes)[:, None]) / size  # (B, heads, classes)
         factor = lr * (0.5 * (1 + math.cos(math.pi * i / iterations)))
-        speed_w.mul_(0.9).add_(xb.T @ grad * mask)
-        speed_b.mul_(0.9).add_(grad.sum(1, keepdim=True))
-        weight -= factor * speed_w
+        speed_w.mul_(0.9).addcmul_((xb.T @ grad.flatten(1)).view_as(weight), mask)
+        speed_b.mul_(0.9).add_(grad.sum(0))
+        weight.addcmul_(factor, speed_w, value=-1)
         bias -= factor * speed_b
-    return weight, bias[:, 0]
+    return weight.transpose(0, 1), bias
 
 def accuracy(x, y, weight, bias):
     """Top-1 in % of every head: x (N, F), y (N,), weight (heads, F, classes), bias (heads, classes)."""

@@ -604,9 +604,10 @@ def test_run_stopped_by_sigterm_and_resumed_equals_an_uninterrupted_one_bit_for_
 
 def test_two_processes_give_the_losses_of_one(folder, tmp_path):
     data, denoiser = folder
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    "denoise.py", "train", "--data", data, "--out", tmp_path, *SMALL, *RUN],
-                   cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, "denoise.py", "train", "--data", data, "--out", tmp_path, *SMALL, *RUN],
+                          cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     one, two = (common.read_log(f / "log.jsonl") for f in (denoiser, tmp_path))
     assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(1, 21))
     for k in ("total", "reconstruction", "regulariser"):
