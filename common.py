@@ -128,6 +128,8 @@ def read_image(path, header=False):
     """One file, upright, in its own depth: (H, W, C) of any real dtype; palette, alpha and CMYK become RGB. Raises
     UserError for what is no whole image. header: zeros of the shape for a PNG or JPEG that ends as it should."""
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise OSError
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
                 x = np.lib.format.read_array(file, allow_pickle=False)
@@ -921,8 +923,9 @@ def floats(text):
     return [float(v) for v in text.split(",")]  # '10,5' -> [10.0, 5.0], the type of a flag
 
 def span(text):
-    low, high = floats(text)  # two, the smaller one first, or argparse says that the value is invalid
-    return [low, high] if low <= high else float("none")
+    if len(pair := floats(text)) != 2 or pair != sorted(pair):
+        raise argparse.ArgumentTypeError(f"{text}: must be two numbers, the smaller one first")
+    return pair
 
 FREE = {"out", "preset", "device", "amp", "workers", "cache_gb", "log_steps", "save_minutes"}  # change no result
 

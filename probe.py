@@ -1,6 +1,7 @@
 """Stage 3: what a frozen backbone is worth on noisy images: linear probe, k-NN, retrieval, robustness; the report.
 
     python probe.py --data DIR --noise gauss100 --run OUT/pretrain/nct-seed0 --out OUT/probe/nct-seed0.json
+    torchrun --nproc_per_node 8 -- probe.py ...          (each process embeds its share of the images)
     python probe.py check --data DIR --run - --out -     (labels and headers only, before the long stages)
     python probe.py report runs/NAME                     (results.md, results.json, four pictures)
 
@@ -101,8 +102,9 @@ class Features:
     def __call__(self, folder, source, name, views=0, through_denoiser=False):
         """Features of every image in order: (1 + views, N, 5, D), the central crop first."""
         args, size = self.args, self.args.img_size
-        batches = torch.arange(len(folder)).split(64)
-        out = []
+        rank, processes = c.world()
+        batches = torch.arange(len(folder)).split(64)[rank::processes]  # the same batches in any number of processes
+        out = torch.zeros(1 + views, len(folder), 5, self.model.embed_dim)
         loader = c.Batches(folder, [source], self.device, args.cache_gb, args.workers)
         for index, ((images,), sizes) in zip(tqdm(batches, name, leave=False, disable=None),
                                              loader.epoch([b.tolist() for b in batches]), strict=True):
@@ -114,8 +116,8 @@ class Features:
                 gen = c.generator(args.seed, 2, v, int(index[0]))
                 boxes, flips = c.draw_boxes(sizes, (0.08, 1), gen), torch.rand(len(index), generator=gen) < 0.5
                 crops.append(c.resample(images.float(), sizes, boxes, flips, size, 255.0))
-            out.append(torch.stack([self.embed(x / 255) for x in crops]).cpu())
-        return torch.cat(out, 1)
+            out[:, index] = torch.stack([self.embed(x / 255) for x in crops]).cpu()
+        return c.all_reduce(out)
 
 def denoise_ragged(model, images, sizes, context):
     """denoise() for a padded batch: images of equal size together, so that the padding is never seen."""
@@ -401,8 +403,9 @@ def main():
     if checking:
         return read_labels(*(c.Folder(args.data, split, args.noise) for split in ("train", "val"))) and 0
     result = evaluate(args, c.setup(args.device))
-    c.write_json(args.out, result)
-    print(f"{Path(args.out).stem}:", *(f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result))
+    if c.world()[0] == 0:
+        c.write_json(args.out, result)
+    c.say(f"{Path(args.out).stem}:", *(f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result))
     return 0
 
 if __name__ == "__main__":

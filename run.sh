@@ -3,7 +3,7 @@
 set -euo pipefail
 usage() {
   cat <<'TEXT'
-bash run.sh                    demonstration on built-in images (runs/demo), 10 to 20 minutes on two CPU cores
+bash run.sh                    demonstration on built-in images (runs/demo), about 13 minutes on two CPU cores
 bash run.sh test [flags]       the test suite; or a part of it, by flags of pytest: -k noise
 bash run.sh --data DIR [options] [-- any pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
@@ -76,7 +76,7 @@ launch=("$python")
 if [ "$gpus" -gt 1 ]; then
   found=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   [ "$found" -ge "$gpus" ] || fail "--gpus $gpus: this machine has $found CUDA devices"
-  launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$gpus")
+  launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$gpus" --)
 fi
 
 # ==== one stage after the other; a signal reaches the stage, which saves; then this script ends with 75 ====
@@ -126,7 +126,7 @@ probe() {
   [ "$arm" != clean ] || flags=(--noise none)  # probe and test see what pretraining saw: the upper bound, clean images
   [ "$arm" != denoised ] || flags=(--denoised "$denoised")
   [ "$arm" != denoised ] || [ ! -d "$out/denoiser" ] || flags+=(--denoiser "$out/denoiser")
-  stage "$python" "$here/probe.py" "${common[@]}" --run "$run" --out "$result" ${flags[@]+"${flags[@]}"}
+  stage "${launch[@]}" "$here/probe.py" "${common[@]}" --run "$run" --out "$result" ${flags[@]+"${flags[@]}"}
 }
 for seed in $seeds; do
   # the denoised arm and the first phase of nc and nct are one run: it is trained once, the three go on from it

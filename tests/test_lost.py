@@ -117,6 +117,12 @@ def test_bombs_and_bad_values_are_named_before_training_starts(tmp_path):
         assert code == 2 and name in one_line(text) and message in text
 
 
+def test_pipe_with_the_name_of_an_image_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(images(tmp_path / "data") / "5.png")
+    with pytest.raises(UserError, match=r"5\.png: not a readable image \(not a file\)"):
+        common.Folder(tmp_path / "data")
+
+
 def test_extreme_shapes_are_used_but_for_two_that_would_be_padded_to_a_gigantic_one(base, tmp_path):
     shutil.copytree(base / "data", data := tmp_path / "data")
     rng = np.random.default_rng(0)
@@ -368,7 +374,8 @@ def test_apply_stopped_by_a_signal_goes_on_to_the_same_images(base, tmp_path):
         p.relative_to(whole): v[1] for p, v in contents(whole).items()}
 
 
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# without the dashes torchrun takes probe.py's --run for a flag of its own
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
 
 
 def test_two_processes_denoise_as_one_to_the_bit_and_a_run_of_two_goes_on_with_one(base, tmp_path):
@@ -388,6 +395,15 @@ def test_two_processes_denoise_as_one_to_the_bit_and_a_run_of_two_goes_on_with_o
     assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] == list(range(1, 7))
     assert 3 <= state["position"][3] < 6
     np.testing.assert_allclose([r["total"] for r in logs[1]], [r["total"] for r in logs[0]], rtol=1e-3)
+
+
+def test_two_processes_probe_as_one_to_the_bit(base, tmp_path):
+    argv = [*arguments("probe", base / "runs", base / "data", tmp_path / "probe/two.json"), "--views", "1"]
+    done = script("probe", *argv, launch=TWO)
+    assert done.returncode == 0 and done.stdout.count("linear") == 1, done.stdout + done.stderr
+    code, text = call(MAINS["probe"], [*argv, "--out", tmp_path / "probe/one.json"])
+    assert code == 0, text
+    assert results(tmp_path)["probe/two.json"] == results(tmp_path)["probe/one.json"]
 
 
 @pytest.mark.parametrize("what, cause", [

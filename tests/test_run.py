@@ -270,9 +270,9 @@ def test_anchor_of_imagenet1k_is_the_finished_denoised_teacher(tmp_path):
 
 def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
     ran = calls(tmp_path, "--preset", "tiny", "--arms", "noisy", "--seeds", "0 3", "--gpus", "2", "--", "--epochs", "9")
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 "
-    assert ran[1:-1] == [launch + pretraining("noisy", ""), probing("noisy"),
-                         launch + pretraining("noisy", "", 3), probing("noisy", seed=3)]
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -- "
+    assert ran[1:-1] == [launch + pretraining("noisy", ""), launch + probing("noisy"),
+                         launch + pretraining("noisy", "", 3), launch + probing("noisy", seed=3)]
 
 
 # ======================================================================================================
