@@ -358,92 +358,99 @@ def draw_view(sizes, scale, gen, blur_p, solarize_p=0.0, jitter=(0.4, 0.4, 0.2, 
             "order": torch.rand(n, 4, generator=gen).argsort(1), "grey": chance(grey_p), "blur": chance(blur_p),
             "sigma": torch.empty(n).uniform_(0.1, 2.0, generator=gen), "solarize": chance(solarize_p)}
 
-def bicubic_weights(size, start, length, flip, out, padded):
-    """Antialiased bicubic interpolation (Pillow's, a = -0.5) as one matrix per image: (B, out, padded).
-    size, start, length (B,): extent of the image and of the box along one axis; flip (B,) mirrors the output.
-    Samples beyond the box are used, samples beyond the image are not."""
+def bicubic_taps(size, start, length, flip, out):
+    """Antialiased bicubic interpolation (Pillow's, a = -0.5) along one axis. size, start, length (B,): extent of the
+    image and of the box; flip (B,) mirrors the output. Gives the first and one past the last sample of each output
+    (B, out) and the weights from the first on (B, out, taps). Samples beyond the box are used, beyond the image not."""
     size, start, length = (v[:, None].float() for v in (size, start, length))  # (B, 1)
-    index = torch.arange(out, device=size.device).expand(len(size), out)
+    index = torch.arange(out).expand(len(size), out)
     index = torch.where(flip[:, None], out - 1 - index, index)
     step = length / out
     stretch = step.clamp(min=1)  # downsampling widens the kernel: antialias
     centre = start + (index + 0.5) * step  # (B, out)
     low, high = (centre - 2 * stretch + 0.5).floor().clamp(min=0), (centre + 2 * stretch + 0.5).floor().minimum(size)
-    x = torch.arange(padded, device=size.device, dtype=torch.float32)
-    inside = (x >= low[..., None]) & (x < high[..., None])
+    x = low[..., None] + torch.arange(int((high - low).max()))
     d = ((x + 0.5 - centre[..., None]) / stretch[..., None]).abs()
-    w = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (inside & (d < 2))
-    return w / w.sum(-1, keepdim=True)
+    w = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
+    w *= (x < high[..., None]) & (d < 2)
+    return low.long(), high.long(), w / w.sum(-1, keepdim=True)
+
+def bicubic_matrix(low, weights, first, length):
+    """The taps as one matrix per image over the samples from `first` on: (B, out, length)."""
+    index = (low[..., None] + torch.arange(weights.shape[-1], device=low.device) - first).clamp(max=length - 1)
+    return weights.new_zeros(*low.shape, length).scatter_add_(2, index, weights)
 
 def resample(images, sizes, boxes, flips, out, top=None):
     """Crop, resize and flip: exactly Pillow's `resize((out, out), BICUBIC, box=...)`, horizontal pass first.
-    images (B, C, H, W) float, padded right and below; sizes (B, 2) height, width of each; boxes (B, 4) top, left,
-    height, width; flips (B,) bool. Gives (B, C, out, out). top: the largest value, at which Pillow clips after each
+    images (B, C, H, W), padded right and below; sizes (B, 2) height, width of each; boxes (B, 4) top, left, height,
+    width; flips (B,) bool. Gives float (B, C, out, out). top: the largest value, at which Pillow clips after each
     pass; by default 255 where the images exceed 1, else 1."""
     top = top or (255.0 if images.max() > 1 else 1.0)
-    sizes, boxes, flips = (v.to(images.device) for v in (sizes, boxes, flips))
-    rows = bicubic_weights(sizes[:, 0], boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), out, images.shape[2])
-    columns = bicubic_weights(sizes[:, 1], boxes[:, 1], boxes[:, 3], flips, out, images.shape[3])
-    x = images @ columns[:, None].mT  # (B, C, H, out)
-    x = rows[:, None] @ x.clamp(0, top)  # (B, C, out, out)
-    return x.clamp(0, top)
+    (B, C, H, W), device, result = images.shape, images.device, []
+    sizes, boxes, flips = sizes.cpu(), boxes.cpu(), flips.cpu()
+    taps = [bicubic_taps(sizes[:, k], boxes[:, k], boxes[:, k + 2], flips & (k == 1), out) for k in range(2)]
+    # large images one by one on a CPU, where reading only what the box needs pays
+    each = 1 if device.type == "cpu" and H * W > 2**15 else B
+    for i in range(0, B, each):
+        part, matrices = images[i:i + each], []
+        for axis, (low, high, weights) in enumerate(taps):
+            first = int(low[i:i + each].min()) if each < B else 0
+            length = (int(high[i:i + each].max()) if each < B else part.shape[2 + axis]) - first
+            part = part.narrow(2 + axis, first, length)
+            low, weights = (v[i:i + each].to(device, non_blocking=True) for v in (low, weights))
+            matrices.append(bicubic_matrix(low, weights, first, length))
+        rows, columns = matrices
+        x = part.float().reshape(len(part), -1, part.shape[3]) @ columns.mT  # (B, C H, out)
+        x = rows[:, None] @ x.clamp_(0, top).unflatten(1, (C, -1))  # (B, C, out, out)
+        result.append(x.clamp_(0, top))
+    return torch.cat(result)
 
 def luma(x):
     """Grey value (B, 1, H, W): ITU-R 601 weights for RGB, the mean for any other number of channels."""
-    weights = x.new_tensor([0.299, 0.587, 0.114]) if x.shape[1] == 3 else x.new_full((x.shape[1],), 1 / x.shape[1])
-    return (x * weights[:, None, None]).sum(1, keepdim=True)
-
-def adjust_brightness(x, f):
-    return (x * f).clamp(0, 1)
-
-def adjust_contrast(x, f):
-    return (f * x + (1 - f) * luma(x).mean((2, 3), keepdim=True)).clamp(0, 1)
-
-def adjust_saturation(x, f):
-    return (f * x + (1 - f) * luma(x)).clamp(0, 1)
+    weights = [0.299, 0.587, 0.114] if x.shape[1] == 3 else [1 / x.shape[1]] * x.shape[1]
+    return sum(w * channel for w, channel in zip(weights, x.split(1, dim=1), strict=True))
 
 def adjust_hue(x, f):
     """Turn the hue of RGB images (B, 3, H, W) in [0, 1] by f (B, 1, 1, 1) full circles, in HSV space."""
-    value, top = x.max(1)
-    chroma = value - x.min(1).values
-    r, g, b = x.unbind(1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    sector = torch.where(top == 0, (g - b) / safe, torch.where(top == 1, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sector = sector[:, None] + 6 * f  # hue in sixths of the circle
-    k = (sector + x.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6  # (B, 3, H, W): HSV to RGB in one formula
-    return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
+    value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - least
+    r, g, b = x.split(1, dim=1)
+    hue = torch.where(g == value, 2 + (b - r) / chroma, 4 + (r - g) / chroma)  # in sixths of the circle
+    hue = torch.where(r == value, (g - b) / chroma, hue).nan_to_num_(0).add_(6 * f).remainder_(6)
+    near = (hue - x.new_tensor([0.0, 2.0, 4.0])[:, None, None]).abs_().sub_(3).abs_()  # to red, green, blue: 3 to 0
+    return torch.addcmul(least, chroma, near.sub_(1).clamp_(0, 1))
 
 def gaussian_blur(x, sigma, radius=4):
-    """Blur (B, C, S, S) by sigma (B,) pixels, kernel 2 radius + 1, reflected borders, as two matrix products."""
-    s = x.shape[-1]
-    i, j = torch.arange(s, device=x.device)[:, None], torch.arange(s, device=x.device)
-    def tap(d):  # (S, S) distances -> (B, S, S)
-        return torch.exp(-(d**2) / (2 * sigma[:, None, None] ** 2)) * (d.abs() <= radius)
-    k = tap(i - j) + tap(i + j) * (j > 0) + tap(2 * (s - 1) - j - i) * (j < s - 1)  # the pixel and its mirror images
-    k = (k / k.sum(-1, keepdim=True))[:, None]
-    return k @ x @ k.mT
+    """Blur (B, C, S, S) by sigma (B,) pixels, kernel 2 radius + 1, reflected borders: a convolution along each axis."""
+    B, C, S, _ = x.shape
+    radius = min(radius, S - 1)
+    kernel = torch.exp(-torch.arange(-radius, radius + 1, device=x.device) ** 2 / (2 * sigma[:, None] ** 2))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (B C, 2 radius + 1)
+    x = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, B C, ...): each channel has its own kernel
+    x = F.conv2d(F.conv2d(x, kernel[:, None, None, :], groups=B * C), kernel[:, None, :, None], groups=B * C)
+    return x.view(B, C, S, S)
 
 def augment(images, sizes, view, out):
     """One view of a batch: uint8 (B, C, H, W) to float (B, C, out, out) in [0, 1], with parameters of draw_view.
     The same parameters on a denoised batch give its paired crops. Channels other than 3: no hue, saturation, grey
     or solarise. Order: crop and flip, jitter in each image's own order, grey, blur, solarise."""
-    def apply(where, f):
-        where = where.nonzero()[:, 0]
-        if len(where):
-            on_device = where.to(x.device)
-            x[on_device] = f(x[on_device], where)
-    rgb = images.shape[1] == 3
-    x = resample(images.float(), sizes, view["boxes"], view["flip"], out, top=255.0) / 255
-    adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)[:4 if rgb else 2]
-    for turn in range(4):
-        for k, f in enumerate(adjust):
-            apply(view["jitter"] & (view["order"][:, turn] == k),
-                  lambda y, where, f=f, k=k: f(y, view["factors"][where, k].to(x.device)[:, None, None, None]))
-    if rgb:
-        apply(view["grey"], lambda y, _: luma(y).expand_as(y))
-    apply(view["blur"], lambda y, where: gaussian_blur(y, view["sigma"][where].to(x.device)))
-    if rgb:
-        apply(view["solarize"], lambda y, _: torch.where(y >= 0.5, 1 - y, y))
+    x = resample(images, sizes, view["boxes"], view["flip"], out, top=255.0) / 255
+    rgb = x.shape[1] == 3
+    def some(where, f, *parameters):  # f of some of the images
+        if where.any():
+            index = where.nonzero()[:, 0].to(x.device)
+            x.index_copy_(0, index, f(x.index_select(0, index), *(p[where].to(x.device) for p in parameters)))
+    for kinds in view["order"].T:  # 0 brightness, 1 contrast, 2 saturation, 3 hue
+        # the first three mix the image with black, its mean grey, its grey: f x + (1 - f) other; f = 1 changes nothing
+        mixed = view["jitter"] & (kinds < (3 if rgb else 2))
+        f = torch.where(mixed, view["factors"].gather(1, kinds[:, None])[:, 0], 1.0)
+        grey, (f, kind) = luma(x), (v.to(x.device)[:, None, None, None] for v in (f, kinds))
+        other = torch.where(kind == 2, grey, grey.mean((2, 3), keepdim=True)) * (kind > 0)
+        x = torch.lerp(other, x, f).clamp_(0, 1)
+        some(view["jitter"] & (kinds == 3) & rgb, adjust_hue, view["factors"][:, 3, None, None, None])
+    some(view["grey"] & rgb, lambda y: luma(y).expand_as(y))
+    some(view["blur"], gaussian_blur, view["sigma"])
+    some(view["solarize"] & rgb, lambda y: torch.where(y >= 0.5, 1 - y, y))
     return x
 
 def draw_masks(crops, grid, gen, ratio=(0.1, 0.5), p=0.5, least=4, aspect=(0.3, 1 / 0.3), rounds=10, tries=10):

@@ -242,7 +242,7 @@ def draw_step(args, sizes, depth, phase, epoch, step, mine=slice(None)):
 def make_crops(args, images, sizes, views, mean, std):
     """uint8 (B, C, H, W) to [global (2B, C, S, S), local (LB, C, s, s)], normalised."""
     out = [c.augment(images, sizes, v, args.global_size if i < 2 else args.local_size) for i, v in enumerate(views)]
-    return [(torch.cat(x) - mean) / std for x in (out[:2], out[2:]) if x]
+    return [torch.cat(x).sub_(mean).div_(std) for x in (out[:2], out[2:]) if x]
 
 # ==== the run: state, schedules, loop ===============================================================================
 class Run:

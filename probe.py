@@ -111,11 +111,11 @@ class Features:
             if through_denoiser:
                 images = denoise_ragged(self.denoiser, images, sizes, self.context)
             flips = torch.zeros(len(index), dtype=torch.bool)
-            crops = [c.resample(images.float(), sizes, central_boxes(sizes, args.resize, size), flips, size, 255.0)]
+            crops = [c.resample(images, sizes, central_boxes(sizes, args.resize, size), flips, size, 255.0)]
             for v in range(views):
                 gen = c.generator(args.seed, 2, v, int(index[0]))
                 boxes, flips = c.draw_boxes(sizes, (0.08, 1), gen), torch.rand(len(index), generator=gen) < 0.5
-                crops.append(c.resample(images.float(), sizes, boxes, flips, size, 255.0))
+                crops.append(c.resample(images, sizes, boxes, flips, size, 255.0))
             out[:, index] = torch.stack([self.embed(x / 255) for x in crops]).cpu()
         return c.all_reduce(out)
 
