@@ -494,11 +494,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, gamma):
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return scaled_linear(self.proj, gamma, x.transpose(1, 2).reshape(B, N, D))
+
+def scaled_linear(linear, gamma, x):
+    """gamma (D,) times linear(x), LayerScale: multiplied into the weights, which are fewer than the tokens."""
+    return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
 
 class Block(nn.Module):
     def __init__(self, dim, num_heads, mlp_ratio, init_values, drop_path):
@@ -513,12 +517,16 @@ class Block(nn.Module):
         """Stochastic depth: in training, drop the branch of a sample where u (B,) < drop_path; mean kept."""
         if not self.training or self.drop_path == 0:
             return x
-        u = torch.rand(len(x), device=x.device) if u is None else u
         return x * (u >= self.drop_path)[:, None, None] / (1 - self.drop_path)
 
-    def forward(self, x, u=(None, None)):
-        x = x + self.drop(self.ls1["gamma"] * self.attn(self.norm1(x)), u[0])
-        return x + self.drop(self.ls2["gamma"] * self.mlp(self.norm2(x)), u[1])
+    def forward(self, x, u, rows=None):
+        """Tokens (B, N, D), uniform numbers u (2, B) for the drop path. rows (R,): flat indices of the tokens that are
+        asked for; the MLP leaves out the others, and the result is (R, 1, D)."""
+        x = x + self.drop(self.attn(self.norm1(x), self.ls1["gamma"]), u[0])
+        if rows is not None:
+            x, u = x.flatten(0, 1)[rows, None], u[:, rows // x.shape[1]]
+        hidden = self.mlp.act(self.mlp.fc1(self.norm2(x)))
+        return x + self.drop(scaled_linear(self.mlp.fc2, self.ls2["gamma"], hidden), u[1])
 
 @functools.lru_cache
 def resize_matrix(old, new, device):
@@ -538,12 +546,13 @@ def resize_pos_embed(pos_embed, new, prefix=1):
 
 class VisionTransformer(nn.Module):
     """ViT with LayerScale. `model(x)`: (B, C, H, W) to normed class tokens (B, D); H and W multiples of patch_size.
-    `forward_features(x, masks)` gives {'cls': (B, D), 'patches': (B, N, D)}, both normed; masks (B, N) bool puts the
+    `forward_features(x, masks)` gives {'cls': (B, D), 'patches': (B, N, D)}, both normed; picked (M,), flat indices of
+    patches, asks for these alone, at less cost: 'patches' is (M, D) then. masks (B, N) bool puts the
     mask token in place of patches before the position embedding is added."""
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0,
                  init_values=1e-5, drop_path=0.0, registers=0):
         super().__init__()
-        self.patch_size, self.embed_dim = patch_size, embed_dim
+        self.patch_size, self.embed_dim, self.registers = patch_size, embed_dim, registers
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
@@ -569,23 +578,25 @@ class VisionTransformer(nn.Module):
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         return x
 
-    def split(self, x):
-        """Normed tokens (B, 1 + registers + N, D) of the blocks' output x."""
-        x = self.norm(x)
-        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        return {"cls": x[:, 0], "patches": x[:, 1 + registers:]}
-
-    def last_layers(self, x, n=1, masks=None, drop=None):
+    def last_layers(self, x, n=1, masks=None, drop=None, picked=None):
         """forward_features after each of the last n blocks, the last one first; drop: uniform numbers (2 depth, B)
         that decide the drop path, drawn here if not given."""
-        x, outputs = self.tokens(x, masks), []
+        x, outputs, depth = self.tokens(x, masks), [], len(self.blocks)
+        B, N, patches, rows = *x.shape[:2], x.shape[1] - 1 - self.registers, None
+        drop = torch.rand(2 * depth, B, device=x.device) if drop is None else drop
+        if picked is not None:  # of the last block only these patches and the class tokens
+            start = torch.arange(B, device=x.device) * N
+            rows = torch.cat([start, start[picked // patches] + N - patches + picked % patches])
         for i, block in enumerate(self.blocks):
-            x = block(x) if drop is None else block(x, drop[2 * i:2 * i + 2])
+            x = block(x, drop[2 * i:2 * i + 2], rows if i == depth - 1 else None)
             outputs = [x, *outputs[:n - 1]]
-        return [self.split(y) for y in outputs]
+        if picked is not None:
+            x = self.norm(x[:, 0])
+            return [{"cls": x[:B], "patches": x[B:]}]
+        return [{"cls": y[:, 0], "patches": y[:, N - patches:]} for y in map(self.norm, outputs)]
 
-    def forward_features(self, x, masks=None, drop=None):
-        return self.last_layers(x, 1, masks, drop)[0]
+    def forward_features(self, x, masks=None, drop=None, picked=None):
+        return self.last_layers(x, 1, masks, drop, picked)[0]
 
     def forward(self, x):
         return self.forward_features(x)["cls"]

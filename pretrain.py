@@ -140,12 +140,11 @@ class Network(nn.Module):
         (2B, N): what the student does not see, None for a teacher; head: another head than its own. Gives logits of
         class tokens (2B + LB, K) and of picked patches (M, K), and the global class tokens (2B, D)."""
         drop = [u.to(crops[0].device) for u in drop] if drop else [None] * len(crops)
-        out = self.backbone.forward_features(crops[0], masks, drop[0])
-        cls = [out["cls"]] + [self.backbone.forward_features(x, None, d)["cls"]
-                              for x, d in zip(crops[1:], drop[1:], strict=True)]
-        tokens = torch.cat([*cls, out["patches"].flatten(0, 1)[picked]])  # (2B + LB + M, D)
+        asked = (masks, picked), (None, picked[:0])  # of global, of local crops: these have their class tokens alone
+        out = [self.backbone.forward_features(x, m, u, p) for x, u, (m, p) in zip(crops, drop, asked, strict=False)]
+        tokens = torch.cat([*(o["cls"] for o in out), out[0]["patches"]])  # (2B + LB + M, D)
         logits = (head or self.head)(tokens)
-        return *logits.split([len(tokens) - len(picked), len(picked)]), out["cls"]
+        return *logits.split([len(tokens) - len(picked), len(picked)]), out[0]["cls"]
 
 def load_weights(module, state):
     try:
@@ -268,7 +267,7 @@ class Run:
         """A new optimiser: its moments start at zero."""
         parts = self.network.backbone, self.network.head
         groups = c.param_groups(*parts, self.args.layer_decay, self.args.patch_embed_lr)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     def set_anchor(self, teacher, centers):
         """Freeze a teacher's weights as the anchor; its centres start from that teacher's and go their own way."""

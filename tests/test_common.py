@@ -545,8 +545,9 @@ def test_drop_path_acts_in_training_only_and_keeps_the_mean():
     torch.manual_seed(0)
     block = common.Block(8, 2, 4.0, 1.0, drop_path=0.3).requires_grad_(False)
     branch = torch.full((20_000, 1, 8), 2.0)
-    assert torch.equal(block.eval().drop(branch, None), branch)
-    dropped = block.train().drop(branch, None)
+    u = torch.rand(len(branch), generator=gen())
+    assert torch.equal(block.eval().drop(branch, u), branch)
+    dropped = block.train().drop(branch, u)
     assert (dropped == dropped[:, :, :1]).all()  # a sample is dropped whole
     close(dropped.unique(), [0, 2 / 0.7], rtol=1e-6)
     close((dropped == 0).float().mean(), 0.3, rtol=0, atol=4 * math.sqrt(0.21 / 20_000))
@@ -561,17 +562,18 @@ def test_drop_path_drops_each_of_the_two_branches_on_its_own():
         p.add_(0.3 * torch.randn(p.shape))
     x = torch.randn(1, 3, 8)
     first_scale, second_scale = (block.state_dict()[f"ls{i}.gamma"] for i in (1, 2))
-    attention = first_scale * block.attn(block.norm1(x))
+    attention = block.attn(block.norm1(x), first_scale)
     expected = []
     for first, second in itertools.product((0, 2), (0, 2)):
         y = x + first * attention
         expected.append(y + second * second_scale * block.mlp(block.norm2(y)))
-    out = block.train()(x.expand(4000, -1, -1))
+    u = torch.rand(2, 4000, generator=gen())
+    out = block.train()(x.expand(4000, -1, -1), u)
     hits = torch.stack([torch.isclose(out, e, rtol=1e-4, atol=1e-4).flatten(1).all(1) for e in expected])
     assert (hits.sum(0) == 1).all()
     close(hits.float().mean(1), [0.25] * 4, rtol=0, atol=4 * math.sqrt(0.25 * 0.75 / 4000))
     y = x + attention
-    torch.testing.assert_close(block.eval()(x), y + second_scale * block.mlp(block.norm2(y)))
+    torch.testing.assert_close(block.eval()(x, u[:, :1]), y + second_scale * block.mlp(block.norm2(y)))
 
 
 @torch.no_grad()
@@ -588,6 +590,42 @@ def test_given_drop_path_numbers_decide_each_branch_of_each_image():
             state[key] = state[key] * (numbers[turn, b] >= 0.4) / 0.6
         torch.testing.assert_close(out[b], plain_vit(state, x[b:b + 1], 8, 3)[0, 1:], rtol=1e-4, atol=1e-5)
     assert torch.equal(vit.eval().forward_features(x, drop=numbers)["patches"], vit.forward_features(x)["patches"])
+
+
+@torch.no_grad()
+def test_numbers_of_the_drop_path_are_drawn_where_none_are_given():
+    vit, x = small_vit(drop_path=0.4).train(), torch.randn(4, 3, 32, 32, generator=gen())
+    torch.manual_seed(0)
+    numbers = torch.rand(4, 4)
+    torch.manual_seed(0)
+    assert torch.equal(vit(x), vit.forward_features(x, drop=numbers)["cls"])
+    assert not torch.equal(vit(x), vit.forward_features(x, drop=numbers)["cls"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_picked_patches_are_those_of_the_whole_and_have_the_same_gradients(training, registers):
+    """Only the last block's MLP knows of them: it leaves out the patches that nobody asks for."""
+    vit, x = small_vit(drop_path=0.4, registers=registers).train(training), torch.randn(4, 3, 32, 24, generator=gen())
+    masks, drop = torch.rand(4, 12, generator=gen(1)) < 0.4, torch.rand(4, 4, generator=gen(2))
+    picked = masks.flatten().nonzero()[:, 0]
+    assert 5 < len(picked) < 43
+    whole = vit.forward_features(x, masks, drop)
+    expected = whole["cls"], whole["patches"].flatten(0, 1)[picked]
+    part = vit.forward_features(x, masks, drop, picked)
+    seen, theirs = [], (part["cls"], part["patches"])
+    vit.blocks[-1].mlp.fc1.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].numel()))
+    assert [y.shape for y in theirs] == [(4, 24), (len(picked), 24)]
+    weights = [torch.randn(y.shape, generator=gen(3)) for y in expected]
+    gradients = []
+    for outputs in (expected, theirs):
+        vit.zero_grad()
+        sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+        gradients.append([p.grad for p in vit.parameters()])
+    for a, b in zip([*expected, *gradients[0]], [*theirs, *gradients[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    vit.forward_features(x, masks, drop, picked)
+    assert seen == [(4 + len(picked)) * 24]
 
 
 def test_initial_values_are_dinov2s():
