@@ -229,7 +229,7 @@ def train(args, device):
     mine, steps = c.share(batch), len(folder) // batch
     torch.manual_seed(args.seed)
     model = UNet(folder.channels, args.width, depth, args.init_scale).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     context, scaler = c.autocast(device, args.amp)
     epoch = step = 0
     if state:
@@ -361,13 +361,17 @@ def apply(args, device):
         source = c.Batches(folder, ["noisy"], device, 0.0, args.workers)  # streamed: each image is needed once
         bar = tqdm(total=sum(map(len, batches)), desc=f"denoise {split}", disable=rank > 0 or None, unit="image")
         with ThreadPoolExecutor(max(1, args.workers)) as pool:
+            writing = []  # the batch before is encoded while the device works on the next
             for index, ((images,), _) in zip(batches, source.epoch(batches), strict=True):
                 result = denoise(model, images, args.tile, context).permute(0, 2, 3, 1).cpu().numpy()
-                list(pool.map(write, index, result))
+                list(writing)
+                writing = pool.map(write, index, result)
                 bar.update(len(index))
                 if asked:
+                    list(writing)
                     c.say("stopped; the same command goes on")
                     return c.EXIT_STOPPED
+            list(writing)
         bar.close()
     return 0
 

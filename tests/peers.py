@@ -116,7 +116,7 @@ def compare(bench, folder, argv, training):
     args = pretrain.read_config(argv)
     args.batch_size = min(args.batch_size, len(folder))
     bench.title("beside timm, lightly and torchvision")
-    steps = 12 if args.batch_size * args.global_size < 4096 else 3
+    steps = 12 if args.global_size < 128 else 3
     ours, theirs = [], []
     for _ in range(max(1, bench.args.repeats // 2)):
         ours.append(training(bench, argv, max(1, -(-2 * steps * args.batch_size // len(folder))))[0])
