@@ -97,15 +97,6 @@ SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in Image.OP
 CACHE = Path(torch.hub.get_dir()).with_name("ditch-denoiser")  # of scans, where torch keeps its own; may be deleted
 LARGE = 10_000  # images of a folder whose scan is kept
 
-def unreadable(path, error):
-    if not path.exists():
-        return UserError(f"{path}: is gone, or a link to nothing; was the folder moved or its disk taken away?")
-    error = "not a file" if not path.is_file() else "empty file" if path.stat().st_size == 0 else error
-    return UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder")
-
-def is_grey(image):
-    return image.mode[0] in "1LIF" and image.mode != "LAB"
-
 def list_images(root):
     """Relative posix paths of all images below root, sorted; hidden files are passed over, links followed once."""
     found, seen = [], set()
@@ -129,39 +120,39 @@ def read_image(path, header=False):
     UserError for what is no whole image. header: zeros of the shape for a PNG or JPEG that ends as it should."""
     try:
         if not path.is_file():  # a pipe would wait for ever
-            raise OSError
+            raise OSError("not a file" if path.exists() else "it is gone, or a link to nothing; was the folder moved?")
+        if path.stat().st_size == 0:
+            raise OSError("empty file")
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
                 x = np.lib.format.read_array(file, allow_pickle=False)
             if x.ndim not in (2, 3) or 0 in x.shape:
                 raise ValueError(f"shape {x.shape} is neither (H, W) nor (H, W, C)")
-            to_float(x[:1] if x.dtype.kind in "iu" else x, path)  # checks the type, and the values of floats
         else:
             with Image.open(path) as image:
+                grey = image.mode[0] in "1LIF" and image.mode != "LAB"
                 # the orientation as it stands before the pixels: a PNG's own getexif() would decode it whole
                 turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
                 if header and image.format in ("PNG", "JPEG") and ends_whole(path):
                     size = image.size if turned else image.size[::-1]
-                    return np.broadcast_to(np.uint8(0), (*size, 1 if is_grey(image) else 3))
+                    return np.broadcast_to(np.uint8(0), (*size, 1 if grey else 3))
                 image = ImageOps.exif_transpose(image)
                 if image.mode in ("LA", "1"):
                     image = image.convert("L")
-                elif not is_grey(image):
+                elif not grey:
                     image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn
                     image = image.convert("RGB")
                 x = np.array(image)
                 if image.mode == "I" and x.min() >= 0 and x.max() <= 65535:  # Pillow's container for 16-bit files
                     x = x.astype(np.uint16)
-    except UserError:
-        raise
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise unreadable(path, error) from None
+        raise UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder") from None
+    if x.dtype.kind not in "iu":
+        to_float(x, path)  # checks the type and the values
     return x[:, :, None] if x.ndim == 2 else x
 
 def to_float(x, path=""):
     """Any dtype to float32 [0, 1] by the dtype's range; floats as they are, checked. Raises UserError."""
-    if x.dtype == np.uint8:
-        return x / np.float32(255)
     if x.dtype.kind in "iu":
         low, high = float(np.iinfo(x.dtype).min), float(np.iinfo(x.dtype).max)
         return ((x - low) / (high - low)).astype(np.float32)
