@@ -485,10 +485,10 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 class Block(nn.Module):
-    def __init__(self, dim, num_heads, mlp_ratio, init_values, drop_path):
+    def __init__(self, dim, num_heads, init_values, drop_path):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
-        self.attn, hidden = Attention(dim, num_heads), int(dim * mlp_ratio)
+        self.attn, hidden = Attention(dim, num_heads), 4 * dim
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
         self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.full((dim,), init_values)}) for _ in range(2))
         self.drop_path = drop_path
@@ -511,29 +511,29 @@ def resize_matrix(old, new, device):
         basis = torch.eye(old[0] * old[1], device=device).reshape(-1, 1, *old)
         return F.interpolate(basis, size=new, mode="bicubic", align_corners=False).reshape(len(basis), -1).T
 
-def resize_pos_embed(pos_embed, new, prefix=1):
-    """Position embedding (1, prefix + h h, D) of a square grid to one of new = (rows, columns)."""
-    old = math.isqrt(pos_embed.shape[1] - prefix)
+def resize_pos_embed(pos_embed, new):
+    """Position embedding (1, 1 + h h, D) of a square grid to one of new = (rows, columns)."""
+    old = math.isqrt(pos_embed.shape[1] - 1)
     if (old, old) == tuple(new):
         return pos_embed
     with torch.autocast(pos_embed.device.type, enabled=False):
-        patches = resize_matrix((old, old), tuple(new), pos_embed.device) @ pos_embed[0, prefix:].float()
-    return torch.cat([pos_embed[:, :prefix], patches[None]], 1)
+        patches = resize_matrix((old, old), tuple(new), pos_embed.device) @ pos_embed[0, 1:].float()
+    return torch.cat([pos_embed[:, :1], patches[None]], 1)
 
 class VisionTransformer(nn.Module):
     """ViT with LayerScale. `model(x)`: (B, C, H, W) to normed class tokens (B, D); H and W multiples of patch_size.
     `forward_features(x, masks)` gives {'cls': (B, D), 'patches': (B, N, D)}, both normed; masks (B, N) bool puts the
     mask token in place of patches before the position embedding is added."""
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0,
-                 init_values=1e-5, drop_path=0.0, registers=0):
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12, num_heads=6, init_values=1e-5,
+                 drop_path=0.0, registers=0):
         super().__init__()
-        self.patch_size, self.embed_dim = patch_size, embed_dim
+        self.patch_size, self.embed_dim, self.registers = patch_size, embed_dim, registers
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 1e-6) if registers else None
-        blocks = (Block(embed_dim, num_heads, mlp_ratio, init_values, drop_path) for _ in range(depth))
+        blocks = (Block(embed_dim, num_heads, init_values, drop_path) for _ in range(depth))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, 1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -549,15 +549,9 @@ class VisionTransformer(nn.Module):
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + resize_pos_embed(self.pos_embed, grid)
-        if self.register_tokens is not None:
+        if self.registers:
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         return x
-
-    def split(self, x):
-        """Normed tokens (B, 1 + registers + N, D) of the blocks' output x."""
-        x = self.norm(x)
-        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        return {"cls": x[:, 0], "patches": x[:, 1 + registers:]}
 
     def last_layers(self, x, n=1, masks=None, drop=None):
         """forward_features after each of the last n blocks, the last one first; drop: uniform numbers (2 depth, B)
@@ -566,7 +560,7 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x) if drop is None else block(x, drop[2 * i:2 * i + 2])
             outputs = [x, *outputs[:n - 1]]
-        return [self.split(y) for y in outputs]
+        return [{"cls": x[:, 0], "patches": x[:, 1 + self.registers:]} for x in map(self.norm, outputs)]
 
     def forward_features(self, x, masks=None, drop=None):
         return self.last_layers(x, 1, masks, drop)[0]
@@ -672,11 +666,8 @@ def cosine(step, base, final, total, warmup=0, start=0.0):
 
 def param_multipliers(name, depth, layer_decay=0.9, patch_embed_mult=0.2):
     """(learning-rate multiplier, weight-decay multiplier) of a backbone parameter; the final norm's rate is whole."""
-    layer = depth + 1
-    if name.startswith(("cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed")):
-        layer = 0
-    elif name.startswith("blocks."):
-        layer = int(name.split(".")[1]) + 1
+    block = re.match(r"blocks\.(\d+)", name)
+    layer = int(block[1]) + 1 if block else depth + 1 if name.startswith("norm") else 0
     lr = layer_decay ** (depth + 1 - layer) * (patch_embed_mult if name.startswith("patch_embed") else 1)
     return lr, 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 1.0
 
