@@ -139,13 +139,11 @@ class Network(nn.Module):
         """crops: [global (2B, C, S, S), local (LB, C, s, s) if any]; picked (M,): flat indices of masked patches; masks
         (2B, N): what the student does not see, None for a teacher; head: another head than its own. Gives logits of
         class tokens (2B + LB, K) and of picked patches (M, K), and the global class tokens (2B, D)."""
-        drop = [u.to(crops[0].device) for u in drop] if drop else [None] * len(crops)
-        out = self.backbone.forward_features(crops[0], masks, drop[0])
-        cls = [out["cls"]] + [self.backbone.forward_features(x, None, d)["cls"]
-                              for x, d in zip(crops[1:], drop[1:], strict=True)]
-        tokens = torch.cat([*cls, out["patches"].flatten(0, 1)[picked]])  # (2B + LB + M, D)
+        drop = [u.to(crops[0].device) for u in drop] if drop else [None, None]
+        out = [self.backbone.forward_features(*v) for v in zip(crops, [masks, None], drop, strict=False)]
+        tokens = torch.cat([*(v["cls"] for v in out), out[0]["patches"].flatten(0, 1)[picked]])  # (2B + LB + M, D)
         logits = (head or self.head)(tokens)
-        return *logits.split([len(tokens) - len(picked), len(picked)]), out["cls"]
+        return *logits.split([len(tokens) - len(picked), len(picked)]), out[0]["cls"]
 
 def load_weights(module, state):
     try:
@@ -266,8 +264,8 @@ class Run:
 
     def restart(self):
         """A new optimiser: its moments start at zero."""
-        parts = self.network.backbone, self.network.head
-        groups = c.param_groups(*parts, self.args.layer_decay, self.args.patch_embed_lr)
+        args, network = self.args, self.network
+        groups = c.param_groups(network.backbone, network.head, args.layer_decay, args.patch_embed_lr)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=self.device.type == "cuda")
 
     def set_anchor(self, teacher, centers):
@@ -327,16 +325,10 @@ def schedules(args, phases, phase, step, steps, batch):
             "temp": c.cosine(step, args.teacher_temp, args.teacher_temp, temp_warmup, temp_warmup, start=0.04),
             "frozen": step < args.freeze_last_epochs * steps}
 
-def complete(args, phases, out):
-    """Whether this run has nothing left to do; images need not be there for that."""
-    if not (out / "backbone.pth").exists() or not (state := c.load_checkpoint(out / "checkpoint.pth", False, STATE)):
-        return False
-    c.check_config(state["config"], vars(args), FREE | {"data"}, out)
-    return state["position"][:2] == (len(phases) - 1, phases[-1].epochs)
-
-def start(args, phases, run, out, data):
-    """Resume this run, or take over the beginning that another run with the same settings has trained (--fork)."""
-    state, config = c.load_checkpoint(out / "checkpoint.pth", False, STATE), vars(args) | {"data": data["files"]}
+def start(args, phases, run, out, data, state):
+    """Resume this run from its state, or, without one, take over the beginning that another run with the same settings
+    has trained (--fork)."""
+    config = vars(args) | {"data": data["files"]}
     if state:
         c.check_config(state["config"], config, FREE, out)
     elif args.fork:
@@ -408,14 +400,18 @@ def train(args, phases, run, folder, out, data):
 def main(argv=None):
     args = read_config(argv)
     phases, out, device = parse_curriculum(args.curriculum), Path(args.out), c.setup(args.device)
-    if complete(args, phases, out):
-        c.say(f"{out}: complete, nothing to do")
-        return 0
+    state = c.load_checkpoint(out / "checkpoint.pth", False, STATE)
+    if state:
+        c.check_config(state["config"], vars(args), FREE | {"data"}, out)
+        if state["position"][:2] == (len(phases) - 1, phases[-1].epochs) and (out / "backbone.pth").exists():
+            c.say(f"{out}: complete, nothing to do")
+            return 0
     folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
-    data = dict(zip(("mean", "std"), folder.stats(), strict=True), channels=folder.channels, images=len(folder))
-    data["files"] = str(folder)
+    mean, std = folder.stats()
+    data = {"mean": mean, "std": std, "channels": folder.channels, "images": len(folder), "files": str(folder)}
     run = Run(args, folder.channels, device)
-    start(args, phases, run, out, data)
+    start(args, phases, run, out, data, state)
+    del state  # memory
     if c.world()[0] == 0:
         c.write_json(out / "config.json", {**vars(args), **data})
     code = train(args, phases, run, folder, out, data)
