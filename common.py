@@ -200,16 +200,12 @@ class Folder:
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None):
         parse_noise(spec)
         self.data, self.spec, self.seed = Path(data), spec, seed
-        if not self.data.is_dir():
-            raise UserError(f"--data {data}: no such folder")
         root = self.data / split
-        if not root.is_dir():
-            if split != "train":
-                raise UserError(f"{root}: no such folder; it holds the {split} images, one folder a class")
+        if split == "train" and not root.is_dir():
             root = self.data
         self.paths = [(root.relative_to(self.data) / p).as_posix() for p in list_images(root)]
         if not self.paths:
-            raise UserError(f"{root}: no images found (looked for .png, .jpg, .tif, .npy and the like)")
+            raise UserError(f"{root}: no such folder, or no images in it (.png, .jpg, .tif, .npy and the like)")
         infos = scan(self.data, self.paths)
         self.sizes = torch.from_numpy(infos[:, :2])  # (N, 2) height, width
         channels = {int(k): self.paths[i] for k, i in zip(*np.unique(infos[:, 2], return_index=True), strict=True)}
@@ -743,10 +739,10 @@ def autocast(device, amp):
     """(autocast context factory, gradient scaler: the identity but for fp16) of --amp auto, bf16, fp16 or off."""
     if amp == "auto":
         amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    kinds = {"off": None, "bf16": torch.bfloat16} | ({} if device.type == "cpu" else {"fp16": torch.float16})
-    if amp not in kinds:
-        raise UserError(f"--amp {amp}: must be auto or one of {', '.join(kinds)}")
-    context = nullcontext if amp == "off" else functools.partial(torch.autocast, device.type, kinds[amp])
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16: is for GPUs; use bf16 or off")
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
+    context = nullcontext if amp == "off" else functools.partial(torch.autocast, device.type, dtype)
     return context, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 def write_atomic(path, write, sync=True):
@@ -852,11 +848,10 @@ class Loop:
         names, first = list(self.losses[0]), self.step - len(self.losses) + 1
         values = torch.stack([torch.stack(list(terms.values())).float() for terms in self.losses])  # (steps, terms)
         values, self.losses = (all_reduce(values) / world()[1]).cpu(), []
-        for i, good in enumerate(values.isfinite()):
-            if not good.all():
-                bad = [n for n, g in zip(names, good, strict=True) if not g][-1]
-                raise UserError(f"loss term {bad} is not finite at step {first + i}; the last good checkpoint is kept; "
-                                "use a lower --lr, or --amp off")
+        if len(bad := (~values.isfinite()).nonzero()):
+            step, term = max(bad[bad[:, 0] == bad[0, 0]].tolist())  # the last one: the total, their sum, comes first
+            raise UserError(f"loss term {names[term]} is not finite at step {first + step}; the last good checkpoint "
+                            "is kept; use a lower --lr, or --amp off")
         return dict(zip(names, values.mean(0).tolist(), strict=True))
 
     def tick(self, losses, batch, record):
@@ -924,7 +919,8 @@ class Parser(argparse.ArgumentParser):
         self.add("data", "--noise_seed", 0, "base seed of the noise; the same in every stage")
         self.add("data", "--seed", 0, "of everything but the noise")
         self.add(running, "--device", "auto", "cuda, cuda:1, cpu")
-        self.add(running, "--amp", "auto", "bf16, fp16, off; auto: bf16 on GPUs that have it, else fp16, off on CPUs")
+        self.add(running, "--amp", "auto", "auto: bf16 on GPUs that have it, fp16 on others, off on CPUs",
+                 choices=["auto", "bf16", "fp16", "off"])
         self.add(running, "--workers", min(16, os.cpu_count() or 1), "decoding workers of each process")
         self.add(running, "--cache_gb", 4.0, "sets up to this size are decoded once and kept on the device")
         self.add(running, "--log_steps", 10, "steps between two lines of log.jsonl")
