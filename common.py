@@ -201,11 +201,10 @@ class Folder:
         parse_noise(spec)
         self.data, self.spec, self.seed = Path(data), spec, seed
         root = self.data / split
-        if split == "train" and not root.is_dir():
-            root = self.data
+        root = self.data if split == "train" and not root.is_dir() else root
         self.paths = [(root.relative_to(self.data) / p).as_posix() for p in list_images(root)]
         if not self.paths:
-            raise UserError(f"{root}: no such folder, or no images in it (.png, .jpg, .tif, .npy and the like)")
+            raise UserError(f"{root}: no images found: no such folder, or no .png, .jpg, .tif, .npy or the like in it")
         infos = scan(self.data, self.paths)
         self.sizes = torch.from_numpy(infos[:, :2])  # (N, 2) height, width
         channels = {int(k): self.paths[i] for k, i in zip(*np.unique(infos[:, 2], return_index=True), strict=True)}
@@ -959,10 +958,9 @@ def run(main):
         code = main() or 0
     except Exception as error:
         lines, code = str(error).strip().splitlines() or [type(error).__name__], 2
-        if isinstance(error, UserError):  # a worker's has its traceback before it
-            print(f"error: {lines[-1].removeprefix('common.UserError: ')}", file=sys.stderr)
-        elif isinstance(error, (OSError, MemoryError)) or "allocate" in lines[0]:
-            print(f"error: {lines[0]}", file=sys.stderr)
+        if isinstance(error, (UserError, OSError, MemoryError)) or "allocate" in lines[0]:
+            line = lines[-1] if isinstance(error, UserError) else lines[0]  # a worker's has its traceback before it
+            print(f"error: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
         elif world()[1] == 1:
             raise
         else:
