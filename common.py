@@ -97,15 +97,6 @@ SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in Image.OP
 CACHE = Path(torch.hub.get_dir()).with_name("ditch-denoiser")  # of scans, where torch keeps its own; may be deleted
 LARGE = 10_000  # images of a folder whose scan is kept
 
-def unreadable(path, error):
-    if not path.exists():
-        return UserError(f"{path}: is gone, or a link to nothing; was the folder moved or its disk taken away?")
-    error = "not a file" if not path.is_file() else "empty file" if path.stat().st_size == 0 else error
-    return UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder")
-
-def is_grey(image):
-    return image.mode[0] in "1LIF" and image.mode != "LAB"
-
 def list_images(root):
     """Relative posix paths of all images below root, sorted; hidden files are passed over, links followed once."""
     found, seen = [], set()
@@ -129,39 +120,41 @@ def read_image(path, header=False):
     UserError for what is no whole image. header: zeros of the shape for a PNG or JPEG that ends as it should."""
     try:
         if not path.is_file():  # a pipe would wait for ever
-            raise OSError
+            raise OSError("not a file" if path.exists() else "it is gone, or a link to nothing; was the folder moved?")
+        if path.stat().st_size == 0:
+            raise OSError("empty file")
         if path.suffix.lower() == ".npy":
             with open(path, "rb") as file:
                 x = np.lib.format.read_array(file, allow_pickle=False)
             if x.ndim not in (2, 3) or 0 in x.shape:
                 raise ValueError(f"shape {x.shape} is neither (H, W) nor (H, W, C)")
-            to_float(x[:1] if x.dtype.kind in "iu" else x, path)  # checks the type, and the values of floats
         else:
             with Image.open(path) as image:
+                grey = image.mode[0] in "1LIF" and image.mode != "LAB"
                 # the orientation as it stands before the pixels: a PNG's own getexif() would decode it whole
                 turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
                 if header and image.format in ("PNG", "JPEG") and ends_whole(path):
                     size = image.size if turned else image.size[::-1]
-                    return np.broadcast_to(np.uint8(0), (*size, 1 if is_grey(image) else 3))
+                    return np.broadcast_to(np.uint8(0), (*size, 1 if grey else 3))
                 image = ImageOps.exif_transpose(image)
                 if image.mode in ("LA", "1"):
                     image = image.convert("L")
-                elif not is_grey(image):
+                elif not grey:
                     image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn
                     image = image.convert("RGB")
                 x = np.array(image)
                 if image.mode == "I" and x.min() >= 0 and x.max() <= 65535:  # Pillow's container for 16-bit files
                     x = x.astype(np.uint16)
-    except UserError:
-        raise
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise unreadable(path, error) from None
+        raise UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder") from None
+    if x.dtype.kind not in "iu":
+        to_float(x, path)  # checks the type and the values
     return x[:, :, None] if x.ndim == 2 else x
 
 def to_float(x, path=""):
     """Any dtype to float32 [0, 1] by the dtype's range; floats as they are, checked. Raises UserError."""
     if x.dtype == np.uint8:
-        return x / np.float32(255)
+        return x / np.float32(255)  # the same in float32, fast
     if x.dtype.kind in "iu":
         low, high = float(np.iinfo(x.dtype).min), float(np.iinfo(x.dtype).max)
         return ((x - low) / (high - low)).astype(np.float32)
@@ -212,13 +205,10 @@ class Folder:
         if not self.data.is_dir():
             raise UserError(f"--data {data}: no such folder")
         root = self.data / split
-        if not root.is_dir():
-            if split != "train":
-                raise UserError(f"{root}: no such folder; it holds the {split} images, one folder a class")
-            root = self.data
+        root = self.data if split == "train" and not root.is_dir() else root
         self.paths = [(root.relative_to(self.data) / p).as_posix() for p in list_images(root)]
         if not self.paths:
-            raise UserError(f"{root}: no images found (looked for .png, .jpg, .tif, .npy and the like)")
+            raise UserError(f"{root}: no images found; no such folder, or no .png, .jpg, .tif, .npy or the like in it")
         infos = scan(self.data, self.paths)
         self.sizes = torch.from_numpy(infos[:, :2])  # (N, 2) height, width
         channels = {int(k): self.paths[i] for k, i in zip(*np.unique(infos[:, 2], return_index=True), strict=True)}
@@ -505,10 +495,10 @@ def scaled_linear(linear, gamma, x):
     return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
 
 class Block(nn.Module):
-    def __init__(self, dim, num_heads, mlp_ratio, init_values, drop_path):
+    def __init__(self, dim, num_heads, init_values, drop_path):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
-        self.attn, hidden = Attention(dim, num_heads), int(dim * mlp_ratio)
+        self.attn, hidden = Attention(dim, num_heads), 4 * dim
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
         self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.full((dim,), init_values)}) for _ in range(2))
         self.drop_path = drop_path
@@ -535,22 +525,22 @@ def resize_matrix(old, new, device):
         basis = torch.eye(old[0] * old[1], device=device).reshape(-1, 1, *old)
         return F.interpolate(basis, size=new, mode="bicubic", align_corners=False).reshape(len(basis), -1).T
 
-def resize_pos_embed(pos_embed, new, prefix=1):
-    """Position embedding (1, prefix + h h, D) of a square grid to one of new = (rows, columns)."""
-    old = math.isqrt(pos_embed.shape[1] - prefix)
+def resize_pos_embed(pos_embed, new):
+    """Position embedding (1, 1 + h h, D) of a square grid to one of new = (rows, columns)."""
+    old = math.isqrt(pos_embed.shape[1] - 1)
     if (old, old) == tuple(new):
         return pos_embed
     with torch.autocast(pos_embed.device.type, enabled=False):
-        patches = resize_matrix((old, old), tuple(new), pos_embed.device) @ pos_embed[0, prefix:].float()
-    return torch.cat([pos_embed[:, :prefix], patches[None]], 1)
+        patches = resize_matrix((old, old), tuple(new), pos_embed.device) @ pos_embed[0, 1:].float()
+    return torch.cat([pos_embed[:, :1], patches[None]], 1)
 
 class VisionTransformer(nn.Module):
     """ViT with LayerScale. `model(x)`: (B, C, H, W) to normed class tokens (B, D); H and W multiples of patch_size.
     `forward_features(x, masks)` gives {'cls': (B, D), 'patches': (B, N, D)}, both normed; picked (M,), flat indices of
     patches, asks for these alone, at less cost: 'patches' is (M, D) then. masks (B, N) bool puts the
     mask token in place of patches before the position embedding is added."""
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0,
-                 init_values=1e-5, drop_path=0.0, registers=0):
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12, num_heads=6, init_values=1e-5,
+                 drop_path=0.0, registers=0):
         super().__init__()
         self.patch_size, self.embed_dim, self.registers = patch_size, embed_dim, registers
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
@@ -558,7 +548,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 1e-6) if registers else None
-        blocks = (Block(embed_dim, num_heads, mlp_ratio, init_values, drop_path) for _ in range(depth))
+        blocks = (Block(embed_dim, num_heads, init_values, drop_path) for _ in range(depth))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, 1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -574,7 +564,7 @@ class VisionTransformer(nn.Module):
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + resize_pos_embed(self.pos_embed, grid)
-        if self.register_tokens is not None:
+        if self.registers:
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         return x
 
@@ -582,7 +572,8 @@ class VisionTransformer(nn.Module):
         """forward_features after each of the last n blocks, the last one first; drop: uniform numbers (2 depth, B)
         that decide the drop path, drawn here if not given."""
         x, outputs, depth = self.tokens(x, masks), [], len(self.blocks)
-        B, N, patches, rows = *x.shape[:2], x.shape[1] - 1 - self.registers, None
+        (B, N), rows = x.shape[:2], None
+        patches = N - 1 - self.registers
         drop = torch.rand(2 * depth, B, device=x.device) if drop is None else drop
         if picked is not None:  # of the last block only these patches and the class tokens
             start = torch.arange(B, device=x.device) * N
@@ -699,11 +690,8 @@ def cosine(step, base, final, total, warmup=0, start=0.0):
 
 def param_multipliers(name, depth, layer_decay=0.9, patch_embed_mult=0.2):
     """(learning-rate multiplier, weight-decay multiplier) of a backbone parameter; the final norm's rate is whole."""
-    layer = depth + 1
-    if name.startswith(("cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed")):
-        layer = 0
-    elif name.startswith("blocks."):
-        layer = int(name.split(".")[1]) + 1
+    block = re.match(r"blocks\.(\d+)", name)
+    layer = int(block[1]) + 1 if block else depth + 1 if name.startswith("norm") else 0
     lr = layer_decay ** (depth + 1 - layer) * (patch_embed_mult if name.startswith("patch_embed") else 1)
     return lr, 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 1.0
 
@@ -779,10 +767,10 @@ def autocast(device, amp):
     """(autocast context factory, gradient scaler: the identity but for fp16) of --amp auto, bf16, fp16 or off."""
     if amp == "auto":
         amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    kinds = {"off": None, "bf16": torch.bfloat16} | ({} if device.type == "cpu" else {"fp16": torch.float16})
-    if amp not in kinds:
-        raise UserError(f"--amp {amp}: must be auto or one of {', '.join(kinds)}")
-    context = nullcontext if amp == "off" else functools.partial(torch.autocast, device.type, kinds[amp])
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16: is for GPUs; use bf16 or off")
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
+    context = nullcontext if amp == "off" else functools.partial(torch.autocast, device.type, dtype)
     return context, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 def write_atomic(path, write, sync=True):
@@ -888,11 +876,10 @@ class Loop:
         names, first = list(self.losses[0]), self.step - len(self.losses) + 1
         values = torch.stack([torch.stack(list(terms.values())).float() for terms in self.losses])  # (steps, terms)
         values, self.losses = (all_reduce(values) / world()[1]).cpu(), []
-        for i, good in enumerate(values.isfinite()):
-            if not good.all():
-                bad = [n for n, g in zip(names, good, strict=True) if not g][-1]
-                raise UserError(f"loss term {bad} is not finite at step {first + i}; the last good checkpoint is kept; "
-                                "use a lower --lr, or --amp off")
+        if len(bad := (~values.isfinite()).nonzero()):
+            step, term = max(bad[bad[:, 0] == bad[0, 0]].tolist())  # the last one: the total, their sum, comes first
+            raise UserError(f"loss term {names[term]} is not finite at step {first + step}; the last good checkpoint "
+                            "is kept; use a lower --lr, or --amp off")
         return dict(zip(names, values.mean(0).tolist(), strict=True))
 
     def tick(self, losses, batch, record):
@@ -960,7 +947,8 @@ class Parser(argparse.ArgumentParser):
         self.add("data", "--noise_seed", 0, "base seed of the noise; the same in every stage")
         self.add("data", "--seed", 0, "of everything but the noise")
         self.add(running, "--device", "auto", "cuda, cuda:1, cpu")
-        self.add(running, "--amp", "auto", "bf16, fp16, off; auto: bf16 on GPUs that have it, else fp16, off on CPUs")
+        self.add(running, "--amp", "auto", "auto: bf16 on GPUs that have it, fp16 on others, off on CPUs",
+                 choices=["auto", "bf16", "fp16", "off"])
         self.add(running, "--workers", min(16, os.cpu_count() or 1), "decoding workers of each process")
         self.add(running, "--cache_gb", 4.0, "sets up to this size are decoded once and kept on the device")
         self.add(running, "--log_steps", 10, "steps between two lines of log.jsonl")
@@ -999,18 +987,17 @@ def run(main):
         code = main() or 0
     except Exception as error:
         lines, code = str(error).strip().splitlines() or [type(error).__name__], 2
-        if isinstance(error, UserError):  # a worker's has its traceback before it
-            print(f"error: {lines[-1].removeprefix('common.UserError: ')}", file=sys.stderr)
-        elif isinstance(error, (OSError, MemoryError)) or "allocate" in lines[0]:
-            print(f"error: {lines[0]}", file=sys.stderr)
+        if isinstance(error, (UserError, OSError, MemoryError)) or "allocate" in lines[0]:
+            line = lines[-1] if isinstance(error, UserError) else lines[0]  # a worker's has its traceback before it
+            print(f"error: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
         elif world()[1] == 1:
             raise
         else:
             lost = isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error))
             print("stopped: another process has failed" if lost else traceback.format_exc(), file=sys.stderr)
     if dist.is_initialized():
-        if code:
-            sys.stdout.flush()
-            os._exit(code)
-        dist.destroy_process_group()
+        if not code:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(code)  # not through the interpreter's end, where Gloo's threads now and then abort the process
     sys.exit(code)

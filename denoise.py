@@ -165,6 +165,15 @@ def denoise(model, images, tile=1024, context=c.nullcontext):
             out[:, :, top:top + tile, left:left + tile] = y[:, :, top - t:top - t + tile, left - s:left - s + tile]
     return out[:, :, :height, :width]
 
+def denoise_ragged(model, images, sizes, context):
+    """denoise() for a padded batch: images of equal size together, so that the padding is never seen."""
+    out = torch.zeros_like(images)
+    for size in sizes.unique(dim=0):
+        same = (sizes == size).all(1).nonzero()[:, 0].to(images.device)
+        h, w = size.tolist()
+        out[same, :, :h, :w] = denoise(model, images[same, :, :h, :w], context=context)
+    return out
+
 def load_denoiser(folder, device):
     """(U-Net in evaluation mode, the checkpoint's state) from a folder that `train` finished. Raises UserError."""
     state = c.load_checkpoint(Path(folder) / "checkpoint.pth", needs={"model", "epoch", "config", "data"})

@@ -326,16 +326,10 @@ def schedules(args, phases, phase, step, steps, batch):
             "temp": c.cosine(step, args.teacher_temp, args.teacher_temp, temp_warmup, temp_warmup, start=0.04),
             "frozen": step < args.freeze_last_epochs * steps}
 
-def complete(args, phases, out):
-    """Whether this run has nothing left to do; images need not be there for that."""
-    if not (out / "backbone.pth").exists() or not (state := c.load_checkpoint(out / "checkpoint.pth", False, STATE)):
-        return False
-    c.check_config(state["config"], vars(args), FREE | {"data"}, out)
-    return state["position"][:2] == (len(phases) - 1, phases[-1].epochs)
-
-def start(args, phases, run, out, data):
-    """Resume this run, or take over the beginning that another run with the same settings has trained (--fork)."""
-    state, config = c.load_checkpoint(out / "checkpoint.pth", False, STATE), vars(args) | {"data": data["files"]}
+def start(args, phases, run, out, data, state):
+    """Resume this run from its state, or, without one, take over the beginning that another run with the same settings
+    has trained (--fork)."""
+    config = vars(args) | {"data": data["files"]}
     if state:
         c.check_config(state["config"], config, FREE, out)
     elif args.fork:
@@ -407,14 +401,18 @@ def train(args, phases, run, folder, out, data):
 def main(argv=None):
     args = read_config(argv)
     phases, out, device = parse_curriculum(args.curriculum), Path(args.out), c.setup(args.device)
-    if complete(args, phases, out):
-        c.say(f"{out}: complete, nothing to do")
-        return 0
+    state = c.load_checkpoint(out / "checkpoint.pth", False, STATE)
+    if state:
+        c.check_config(state["config"], vars(args), FREE | {"data"}, out)
+        if state["position"][:2] == (len(phases) - 1, phases[-1].epochs) and (out / "backbone.pth").exists():
+            c.say(f"{out}: complete, nothing to do")
+            return 0
     folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
-    data = dict(zip(("mean", "std"), folder.stats(), strict=True), channels=folder.channels, images=len(folder))
-    data["files"] = str(folder)
+    mean, std = folder.stats()
+    data = {"mean": mean, "std": std, "channels": folder.channels, "images": len(folder), "files": str(folder)}
     run = Run(args, folder.channels, device)
-    start(args, phases, run, out, data)
+    start(args, phases, run, out, data, state)
+    del state  # memory
     if c.world()[0] == 0:
         c.write_json(out / "config.json", {**vars(args), **data})
     code = train(args, phases, run, folder, out, data)

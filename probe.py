@@ -83,12 +83,10 @@ class Features:
             raise UserError(f"--img_size {args.img_size}: is no multiple of patch size {self.config['patch_size']}")
         self.mean, self.std = (torch.tensor(self.config[k], device=device)[:, None, None] for k in ("mean", "std"))
 
-    def folder(self, split, spec=None):
-        args = self.args
-        denoised = args.denoised if spec is None else None
-        folder = c.Folder(args.data, split, args.noise if spec is None else spec, args.noise_seed, denoised)
+    def folder(self, split, spec, denoised=None):
+        folder = c.Folder(self.args.data, split, spec, self.args.noise_seed, denoised)
         if folder.channels != self.config["channels"]:
-            raise UserError(f"{args.data}: {folder.channels} channels, the backbone has {self.config['channels']}")
+            raise UserError(f"{self.args.data}: {folder.channels} channels, the backbone has {self.config['channels']}")
         return folder
 
     @torch.no_grad()
@@ -109,7 +107,7 @@ class Features:
         for index, ((images,), sizes) in zip(tqdm(batches, name, leave=False, disable=None),
                                              loader.epoch([b.tolist() for b in batches]), strict=True):
             if through_denoiser:
-                images = denoise_ragged(self.denoiser, images, sizes, self.context)
+                images = denoise.denoise_ragged(self.denoiser, images, sizes, self.context)
             flips = torch.zeros(len(index), dtype=torch.bool)
             crops = [c.resample(images, sizes, central_boxes(sizes, args.resize, size), flips, size, 255.0)]
             for v in range(views):
@@ -118,15 +116,6 @@ class Features:
                 crops.append(c.resample(images, sizes, boxes, flips, size, 255.0))
             out[:, index] = torch.stack([self.embed(x / 255) for x in crops]).cpu()
         return c.all_reduce(out)
-
-def denoise_ragged(model, images, sizes, context):
-    """denoise() for a padded batch: images of equal size together, so that the padding is never seen."""
-    out = torch.zeros_like(images)
-    for size in sizes.unique(dim=0):
-        same = (sizes == size).all(1).nonzero()[:, 0].to(images.device)
-        h, w = size.tolist()
-        out[same, :, :h, :w] = denoise.denoise(model, images[same, :, :h, :w], context=context)
-    return out
 
 # ==== linear probe: the 52 heads of DINOv2's protocol, trained at once ==============================================
 def head_inputs(dim):
@@ -225,7 +214,7 @@ def read_labels(train, val):
 def evaluate(args, device):
     """All figures of one backbone as a dict."""
     features, started = Features(args, device), c.now()
-    train, val = features.folder("train"), features.folder("val")
+    train, val = (features.folder(split, args.noise, args.denoised) for split in ("train", "val"))
     names, y, val_y = read_labels(train, val)
     source = "denoised" if args.denoised else "noisy"
     x, val_x = features(train, source, "train", args.views), features(val, source, "val")[0]
@@ -305,9 +294,7 @@ def report(out):
              (out / f"{name}.png").exists()]
     c.write_atomic(out / "results.md", lambda f: f.write(("\n".join(text) + "\n").encode()))
     c.write_json(out / "results.json", arms)
-    print("\n".join(text[4:4 + len(table)]))
-    print(f"\nreport: {out / 'results.md'}")
-    return 0
+    print("\n".join([*table, "", f"report: {out / 'results.md'}"]))
 
 def pictures(out, arms):
     """samples.png, features.png, robustness.png, curves.png of the first seed of every arm."""
@@ -406,7 +393,6 @@ def main():
     if c.world()[0] == 0:
         c.write_json(args.out, result)
     c.say(f"{Path(args.out).stem}:", *(f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result))
-    return 0
 
 if __name__ == "__main__":
     c.run(main)

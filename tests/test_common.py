@@ -543,7 +543,7 @@ def test_last_layers_are_the_outputs_of_shallower_vits_last_first():
 
 def test_drop_path_acts_in_training_only_and_keeps_the_mean():
     torch.manual_seed(0)
-    block = common.Block(8, 2, 4.0, 1.0, drop_path=0.3).requires_grad_(False)
+    block = common.Block(8, 2, 1.0, drop_path=0.3).requires_grad_(False)
     branch = torch.full((20_000, 1, 8), 2.0)
     u = torch.rand(len(branch), generator=gen())
     assert torch.equal(block.eval().drop(branch, u), branch)
@@ -557,7 +557,7 @@ def test_drop_path_acts_in_training_only_and_keeps_the_mean():
 @torch.no_grad()
 def test_drop_path_drops_each_of_the_two_branches_on_its_own():
     torch.manual_seed(0)
-    block = common.Block(8, 2, 4.0, 1.0, drop_path=0.5)
+    block = common.Block(8, 2, 1.0, drop_path=0.5)
     for p in block.parameters():
         p.add_(0.3 * torch.randn(p.shape))
     x = torch.randn(1, 3, 8)

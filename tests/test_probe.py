@@ -312,7 +312,7 @@ def features(small, *flags):
 def test_features_of_an_image_do_not_depend_on_its_batch_or_on_padding(small):
     for cache in ("0", "4"):  # streamed, and padded to the largest of the set
         stage = features(small, "--noise", "gauss50", "--cache_gb", cache)
-        folder = stage.folder("val")
+        folder = stage.folder("val", "gauss50")
         assert len(folder.sizes.unique(dim=0)) == 4
         together = stage(folder, "noisy", "val")[0]
         for i in (0, 3, 17):
@@ -325,7 +325,7 @@ def test_features_of_an_image_do_not_depend_on_its_batch_or_on_padding(small):
 
 def test_first_view_is_the_central_crop_and_the_others_are_random_but_reproducible(small):
     stage = features(small, "--noise", "gauss50")
-    folder = stage.folder("train")
+    folder = stage.folder("train", "gauss50")
     views, again, central = (stage(folder, "noisy", "train", n) for n in (2, 2, 0))
     assert views.shape == (3, 36, 5, 16) and torch.equal(views, again) and torch.equal(views[0], central[0])
     different = (views[1:] - views[0]).abs().amax((2, 3)) > 1e-3
@@ -334,7 +334,7 @@ def test_first_view_is_the_central_crop_and_the_others_are_random_but_reproducib
 
 def test_result_holds_every_figure_and_each_is_the_figure_of_its_features(small, result):
     stage = features(small, "--noise", "gauss50")
-    train, val = stage.folder("train"), stage.folder("val")
+    train, val = stage.folder("train", "gauss50"), stage.folder("val", "gauss50")
     y, val_y = labels(train), labels(val)
     x, val_x, clean = (stage(f, s, "")[0] for f, s in ((train, "noisy"), (val, "noisy"), (val, "clean")))
     measure, chosen = probe.linear_probe(x[None], y, 3, stage.args)
@@ -361,7 +361,7 @@ def test_sweep_tests_the_same_head_at_every_level(small, result):
     by = {s["noise"]: s["linear"] for s in result["sweep"]}
     assert by["gauss50"] == result["linear"] and by["none"] == result["clean_linear"]
     stage = features(small, "--noise", "gauss50")
-    train, worst = stage.folder("train"), stage.folder("val", "gauss100")
+    train, worst = stage.folder("train", "gauss50"), stage.folder("val", "gauss100")
     measure, _ = probe.linear_probe(stage(train, "noisy", ""), labels(train), 3, stage.args)
     assert by["gauss100"] == measure(stage(worst, "noisy", "")[0], labels(worst))
 
@@ -444,7 +444,7 @@ def test_images_go_through_the_denoiser_without_their_padding(cleaned):
     model = denoise.load_denoiser(cleaned[-1], CPU)[0]
     sizes = torch.tensor([[32, 40], [17, 23], [32, 40], [30, 9]])
     images = torch.randint(0, 256, (4, 3, 32, 40), generator=gen(), dtype=torch.uint8)
-    out = probe.denoise_ragged(model, images, sizes, common.nullcontext)
+    out = denoise.denoise_ragged(model, images, sizes, common.nullcontext)
     for x, y, (h, w) in zip(images, out, sizes.tolist(), strict=True):
         alone = denoise.denoise(model, x[None, :, :h, :w])[0]
         assert (y[:, :h, :w].int() - alone.int()).abs().max() <= 1 and alone.float().std() > 10  # rounding ties
@@ -452,7 +452,8 @@ def test_images_go_through_the_denoiser_without_their_padding(cleaned):
 
 def test_denoised_arm_sends_every_test_image_through_its_denoiser(small, cleaned):
     stage = features(small, *cleaned)
-    train, val, worst = stage.folder("train"), stage.folder("val"), stage.folder("val", "gauss100")
+    train, val = (stage.folder(split, "gauss50", stage.args.denoised) for split in ("train", "val"))
+    worst = stage.folder("val", "gauss100")
     train_x, val_x = stage(train, "denoised", ""), stage(val, "denoised", "")[0]
     again = stage(stage.folder("val", "gauss50"), "noisy", "", through_denoiser=True)[0]
     torch.testing.assert_close(again, val_x, rtol=0, atol=0.02)  # the same as the stored copy, up to its rounding
