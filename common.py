@@ -632,7 +632,7 @@ class DINOHead(nn.Module):
 
 def softmax_center(logits, center, temp):
     """Teacher targets (M, K): softmax((logits - centre) / temp)."""
-    return F.softmax((logits.float() - center) / temp, dim=-1)
+    return F.softmax((logits.float() - center).div_(temp), dim=-1)
 
 def update_center(center, logits, momentum=0.9):
     """EMA of the mean teacher output over the rows of all processes: (1, K). After the targets were made."""
@@ -651,14 +651,17 @@ def sinkhorn(logits, temp, iterations=3):
     return log_q.exp()
 
 def cross_entropy(targets, logits):
-    """H(targets, softmax(logits / student temperature)) per row: (..., K), (..., K) to (...)."""
-    return -(targets * F.log_softmax(logits.float() / STUDENT_TEMP, dim=-1)).sum(-1)
+    """-sum of targets * log softmax(logits / student temperature) per row: (..., K), (..., K) to (...), without a
+    table of logarithms; targets may also be a sum of several."""
+    z = logits.float() / STUDENT_TEMP
+    return targets.sum(-1) * z.logsumexp(-1) - (targets * z).sum(-1)
 
 def dino_loss(student_logits, targets):
     """Cross-view class-token loss (DINOv2). student_logits: list of (B, K), the two global crops first, then the
     locals; targets (2, B, K), one per global view. Sum over the pairs of different views, divided by their number."""
-    pairs = [(t, s) for t in range(len(targets)) for s in range(len(student_logits)) if s != t]
-    return sum(cross_entropy(targets[t], student_logits[s]).mean() for t, s in pairs) / len(pairs)
+    others = [[t for k, t in enumerate(targets) if k != s] for s in range(len(student_logits))]  # of each crop
+    losses = [cross_entropy(sum(t), x).mean() for t, x in zip(others, student_logits, strict=True)]
+    return sum(losses) / sum(map(len, others))
 
 def ibot_loss(student_logits, targets, weights, n_crops):
     """Masked-patch loss (iBOT). (M, K), (M, K), weights (M,) = 1 / masked patches of the row's crop; n_crops = 2B."""
