@@ -627,8 +627,8 @@ class DINOHead(nn.Module):
         nn.init.trunc_normal_(self.last_layer["weight_v"], std=0.02)
 
     def forward(self, x):
-        rows = self.last_layer["weight_g"] * F.normalize(self.last_layer["weight_v"], dim=1)
-        return F.linear(F.normalize(self.mlp(x).float(), dim=-1), rows)
+        g, v = self.last_layer["weight_g"], self.last_layer["weight_v"]
+        return F.linear(F.normalize(self.mlp(x).float(), dim=-1), v * (g / v.norm(dim=1, keepdim=True)))
 
 def softmax_center(logits, center, temp):
     """Teacher targets (M, K): softmax((logits - centre) / temp)."""
@@ -651,10 +651,9 @@ def sinkhorn(logits, temp, iterations=3):
     return log_q.exp()
 
 def cross_entropy(targets, logits):
-    """-sum of targets * log softmax(logits / student temperature) per row: (..., K), (..., K) to (...), without a
-    table of logarithms; targets may also be a sum of several."""
-    z = logits.float() / STUDENT_TEMP
-    return targets.sum(-1) * z.logsumexp(-1) - (targets * z).sum(-1)
+    """-sum of targets * log softmax(logits / student temperature) per row: (..., K), (..., K) to (...). targets may be
+    the sum of several."""
+    return -(targets * F.log_softmax(logits.float() / STUDENT_TEMP, dim=-1)).sum(-1)
 
 def dino_loss(student_logits, targets):
     """Cross-view class-token loss (DINOv2). student_logits: list of (B, K), the two global crops first, then the
