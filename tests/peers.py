@@ -125,7 +125,7 @@ def compare(bench, folder, argv, training):
     bench.row("training, data included: theirs", b, 1.0)
     bench.row("training, data included: ours", a, 1.0, note=f"{a / b:.2f} times theirs ("
               + ", ".join(f"{x / y:.2f}" for x, y in zip(ours, theirs, strict=True)) + ")")
-    n, threads = min(16, len(folder)), torch.get_num_threads()
+    n, threads = min(args.batch_size, len(folder)), torch.get_num_threads()
     torch.set_num_threads(1)
     batch, sizes = next(c.Batches(folder, ["noisy"], bench.device, 0.0, 0).epoch([list(range(n))]))
     pictures = [c.Image.fromarray(folder.read(i)) for i in range(n)]
