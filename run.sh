@@ -33,8 +33,8 @@ while [ $mode = run ] && [ $# -gt 0 ]; do
   esac
 done
 
-# OpenMP threads that wait by spinning slow a shared machine down many times over
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# OpenMP threads that spin for long slow a shared machine down many times over; ones that never spin, an idle one by a fifth
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 
 # ==== environment: this python if it has the packages (an accelerator's own torch is used as it is), else .venv ====
 has() { "$1" -c 'import sys, importlib.util as u; sys.exit(None in map(u.find_spec, sys.argv[1:]))' $2 2>/dev/null; }
