@@ -256,8 +256,9 @@ def step_parts(bench, folder, argv):
         for anchor, times in ((None, nc), (kept, nct)):
             run.anchor = anchor
             times.append(bench.seconds(lambda anchor=anchor: step(anchor is not None), repeats=1))
-    a, b = statistics.median(nc), statistics.median(nct)
-    bench.row("whole step with the anchor (NCT)", batch, b, None, note=f"{b / a:.2f} times NC")
+    ratios = sorted(b / a for a, b in zip(nc, nct, strict=True))
+    bench.row("whole step with the anchor (NCT)", batch, statistics.median(nct), None,
+              note=f"{statistics.median(ratios):.2f} times NC ({', '.join(f'{r:.2f}' for r in ratios)})")
     with one_thread():
         views = draw()[0]
         bench.row("crops, per core", batch, bench.seconds(lambda: crop(views)))

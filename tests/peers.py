@@ -118,13 +118,13 @@ def compare(bench, folder, argv, training):
     bench.title("beside timm, lightly and torchvision")
     steps = 12 if args.global_size < 128 else 3
     ours, theirs = [], []
-    for _ in range(max(1, bench.args.repeats // 2)):
+    for _ in range(bench.args.repeats):
         ours.append(training(bench, argv, max(1, -(-2 * steps * args.batch_size // len(folder))))[0])
         theirs.append(images_a_second(folder, args, bench.device, steps, os.cpu_count()))
-    a, b = statistics.median(ours), statistics.median(theirs)
-    bench.row("training, data included: theirs", b, 1.0)
-    bench.row("training, data included: ours", a, 1.0, note=f"{a / b:.2f} times theirs ("
-              + ", ".join(f"{x / y:.2f}" for x, y in zip(ours, theirs, strict=True)) + ")")
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    bench.row("training, data included: theirs", statistics.median(theirs), 1.0)
+    bench.row("training, data included: ours", statistics.median(ours), 1.0,
+              note=f"{statistics.median(ratios):.2f} times theirs ({', '.join(f'{r:.2f}' for r in sorted(ratios))})")
     n, threads = min(args.batch_size, len(folder)), torch.get_num_threads()
     torch.set_num_threads(1)
     batch, sizes = next(c.Batches(folder, ["noisy"], bench.device, 0.0, 0).epoch([list(range(n))]))
