@@ -260,8 +260,9 @@ class Folder:
         return np.ascontiguousarray(x) if x.dtype == np.uint8 else to_uint8(to_float(x, path))
 
     def __str__(self):
-        """The same for the same images, wherever they lie: a checkpoint's value of --data."""
-        return f"{len(self)} images of {self.channels} channels, {digest(self.paths)}"
+        """The same for the same names and sizes of files, wherever they lie: a checkpoint's value of --data."""
+        names = parallel(lambda p: f"{p} {os.stat(self.data / p).st_size}", self.paths, "list")
+        return f"{len(self)} images of {self.channels} channels, {digest(names)}"
 
     def labels(self):
         """Class name of each image: the folder below the split."""
@@ -379,8 +380,8 @@ def resample(images, sizes, boxes, flips, out, top=None):
     (B, C, H, W), device, result = images.shape, images.device, []
     sizes, boxes, flips = sizes.cpu(), boxes.cpu(), flips.cpu()
     taps = [bicubic_taps(sizes[:, k], boxes[:, k], boxes[:, k + 2], flips & (k == 1), out) for k in range(2)]
-    # large images one by one on a CPU, where reading only what the box needs pays
-    each = 1 if device.type == "cpu" and H * W > 2**15 else B
+    # large images one by one on a CPU, where reading only what the box needs pays; on GPUs as many as fit into 1 GB
+    each = (1 if H * W > 2**15 else B) if device.type == "cpu" else max(1, min(B, 2**28 // (C * H * W)))
     for i in range(0, B, each):
         part, matrices = images[i:i + each], []
         for axis, (low, high, weights) in enumerate(taps):
@@ -428,13 +429,14 @@ def augment(images, sizes, view, out):
     rgb = x.shape[1] == 3
     def some(where, f, *parameters):  # f of some of the images
         if where.any():
-            index = where.nonzero()[:, 0].to(x.device)
-            x.index_copy_(0, index, f(x.index_select(0, index), *(p[where].to(x.device) for p in parameters)))
+            index, *chosen = (p.to(x.device, non_blocking=True) for p in (
+                where.nonzero()[:, 0], *(p[where] for p in parameters)))
+            x.index_copy_(0, index, f(x.index_select(0, index), *chosen))
     for kinds in view["order"].T:  # 0 brightness, 1 contrast, 2 saturation, 3 hue
         # the first three mix the image with black, its mean grey, its grey: f x + (1 - f) other; f = 1 changes nothing
         mixed = view["jitter"] & (kinds < (3 if rgb else 2))
         f = torch.where(mixed, view["factors"].gather(1, kinds[:, None])[:, 0], 1.0)
-        grey, (f, kind) = luma(x), (v.to(x.device)[:, None, None, None] for v in (f, kinds))
+        grey, (f, kind) = luma(x), (v.to(x.device, non_blocking=True)[:, None, None, None] for v in (f, kinds))
         other = torch.where(kind == 2, grey, grey.mean((2, 3), keepdim=True)) * (kind > 0)
         x = torch.lerp(other, x, f).clamp_(0, 1)
         some(view["jitter"] & (kinds == 3) & rgb, adjust_hue, view["factors"][:, 3, None, None, None])
@@ -492,6 +494,8 @@ class Attention(nn.Module):
 
 def scaled_linear(linear, gamma, x):
     """gamma (D,) times linear(x), LayerScale: multiplied into the weights, which are fewer than the tokens."""
+    if torch.get_autocast_dtype(x.device.type) == torch.float16 and torch.is_autocast_enabled(x.device.type):
+        return gamma * linear(x)  # 1e-5 times a weight is below float16's normal numbers
     return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
 
 class Block(nn.Module):
@@ -636,9 +640,9 @@ def softmax_center(logits, center, temp):
 
 def update_center(center, logits, momentum=0.9):
     """EMA of the mean teacher output over the rows of all processes: (1, K). After the targets were made."""
-    total = logits.float().sum(0, keepdim=True)
-    count = all_reduce(total.new_tensor([float(len(logits))]))
-    return torch.where(count > 0, center * momentum + all_reduce(total) / count.clamp(min=1) * (1 - momentum), center)
+    total = all_reduce(F.pad(logits.float().sum(0), (0, 1), value=float(len(logits))))  # the last value: rows
+    mean, rows = total[None, :-1] / total[-1].clamp(min=1), total[-1]
+    return torch.where(rows > 0, center * momentum + mean * (1 - momentum), center)
 
 def sinkhorn(logits, temp, iterations=3):
     """Sinkhorn-Knopp targets (M, K): rows sum to 1, prototypes used equally; rows of all processes; in log space."""
@@ -658,9 +662,9 @@ def cross_entropy(targets, logits):
 def dino_loss(student_logits, targets):
     """Cross-view class-token loss (DINOv2). student_logits: list of (B, K), the two global crops first, then the
     locals; targets (2, B, K), one per global view. Sum over the pairs of different views, divided by their number."""
-    others = [[t for k, t in enumerate(targets) if k != s] for s in range(len(student_logits))]  # of each crop
-    losses = [cross_entropy(sum(t), x).mean() for t, x in zip(others, student_logits, strict=True)]
-    return sum(losses) / sum(map(len, others))
+    both = targets.sum(0)  # local crops meet both global views, a global crop the other one
+    losses = [cross_entropy(targets[1 - s] if s < 2 else both, x).mean() for s, x in enumerate(student_logits)]
+    return sum(losses) / (2 * len(student_logits) - 2)
 
 def ibot_loss(student_logits, targets, weights, n_crops):
     """Masked-patch loss (iBOT). (M, K), (M, K), weights (M,) = 1 / masked patches of the row's crop; n_crops = 2B."""
@@ -754,12 +758,16 @@ def gather_rows(x):
     rows[rank] = x
     return torch.cat(rows)
 
-def share(n):
-    """This process's slice of n rows. Raises UserError where they do not divide."""
+def share(n, images):
+    """Global batch of n, or of all images where there are fewer, this process's slice of it, and steps an epoch. Raises
+    UserError where it does not divide by the processes."""
     rank, size = world()
+    if images < n:
+        say(f"warning: --batch_size {n} is larger than the set of {images} images; using {images}")
+        n = images
     if n % size:
         raise UserError(f"--batch_size {n} does not divide by the number of processes, {size}")
-    return slice(rank * n // size, (rank + 1) * n // size)
+    return n, slice(rank * n // size, (rank + 1) * n // size), images // n
 
 def generator(*key):
     """CPU generator keyed by (seed, phase, epoch, step, ...): random draws need no saved state."""
@@ -768,7 +776,8 @@ def generator(*key):
 def autocast(device, amp):
     """(autocast context factory, gradient scaler: the identity but for fp16) of --amp auto, bf16, fp16 or off."""
     if amp == "auto":
-        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "off" if device.type == "cpu" else "bf16" if native else "fp16"
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16: is for GPUs; use bf16 or off")
     dtype = torch.bfloat16 if amp == "bf16" else torch.float16
@@ -839,7 +848,7 @@ def load_checkpoint(path, required=True, needs=()):
     if problem or required:
         raise UserError(f"{problem}; move it away to start anew" if problem else f"{path}: no such checkpoint")
 
-PATHS = {"denoised", "anchor_from", "init", "init_backbone"}  # flags that are the same however a path is spelled
+PATHS = {"denoised", "denoiser", "run", "anchor_from", "init", "init_backbone"}  # the same however a path is spelled
 
 def check_config(saved, now, free, where):
     """A run goes on only with the settings it was started with. Raises UserError naming each field that differs."""
@@ -865,6 +874,8 @@ class Loop:
         on_signal(lambda *_: self.asked.append(1))
         self.began, self.saved, self.logged = now() - seconds, now(), (step, now())
         self.path = Path(args.out) / "log.jsonl"
+        if all_reduce(torch.tensor([step, -step]), "MAX").sum():
+            raise UserError(f"--out {args.out}: processes found different checkpoints; nodes must share this folder")
         if world()[0] == 0:  # on resume the lines after the checkpoint are dropped
             kept = [json.dumps(r) + "\n" for r in read_log(self.path) if r["step"] <= step]
             write_atomic(self.path, lambda f: f.write("".join(kept).encode()))
@@ -951,7 +962,8 @@ class Parser(argparse.ArgumentParser):
         self.add(running, "--device", "auto", "cuda, cuda:1, cpu")
         self.add(running, "--amp", "auto", "auto: bf16 on GPUs that have it, fp16 on others, off on CPUs",
                  choices=["auto", "bf16", "fp16", "off"])
-        self.add(running, "--workers", min(16, os.cpu_count() or 1), "decoding workers of each process")
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.add(running, "--workers", max(1, min(16, share)), "decoding workers of each process")
         self.add(running, "--cache_gb", 4.0, "sets up to this size are decoded once and kept on the device")
         self.add(running, "--log_steps", 10, "steps between two lines of log.jsonl")
         self.add(running, "--save_minutes", 10.0, "between two checkpoints; one at every epoch's end too")
@@ -963,13 +975,14 @@ class Parser(argparse.ArgumentParser):
             kw["action"] = argparse.BooleanOptionalAction
         else:
             kw = {"type": str if default is None else type(default)} | kw
-            text += "" if kw.get("required") else f" (default {default})"
-        self.groups[group].add_argument(flag, default=default, help=text.replace("%", "%%"), **kw)
+        text = text.replace("%", "%%") + ("" if kw.get("required") else " (default %(default)s)")
+        self.groups[group].add_argument(flag, default=default, help=text, **kw)
 
     def read(self, argv=None, positive=("log_steps",)):
         """The flags with the preset's defaults. Raises UserError for negative numbers, and for 0 in `positive`."""
-        preset = self.parse_known_args(argv)[0].preset
-        self.set_defaults(**self.presets[preset])
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --help shows the preset's defaults
+        first.add_argument("--preset", default=self.get_default("preset"))
+        self.set_defaults(**self.presets.get(first.parse_known_args(argv)[0].preset, {}))
         args = self.parse_args(argv)
         for name, value in vars(args).items():
             if name in ("data", "out") and not value:

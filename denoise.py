@@ -113,11 +113,10 @@ def neighbors(x, pairs):
 
 def n2n_losses(model, y, pairs, ramp):
     """Neighbor2Neighbor's two terms (its equation 11), y (B, C, H, W) noisy: reconstruction and ramp * regulariser."""
-    with torch.no_grad():
-        whole = model(y)
     g1, g2 = neighbors(y, pairs)
-    h1, h2 = neighbors(whole.float(), pairs)
     d = model(g1).float() - g2
+    with torch.no_grad():
+        h1, h2 = neighbors(model(y).float(), pairs)
     return (d**2).mean(), ramp * ((d - (h1 - h2)) ** 2).mean()
 
 def patch_plan(sizes, most):
@@ -222,20 +221,16 @@ def quality(model, folder, device, context, most=32):
 def train(args, device):
     out, rank = Path(args.out), c.world()[0]
     config = {k: v for k, v in vars(args).items() if k not in FREE}
+    folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
+    config["data"] = str(folder)
     state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
     if state:
-        c.check_config(state["config"], config, FREE | {"data"}, out)
+        c.check_config(state["config"], config, FREE, out)
         if state["epoch"] == args.epochs and (out / "quality.json").exists():
             c.say(f"{out}: complete, nothing to do")
             return 0
-    folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
-    config["data"] = str(folder)
-    if state:
-        c.check_config(state["config"], config, FREE, out)
     patch, depth = patch_plan(folder.sizes, args.patch)
-    if (batch := min(args.batch_size, len(folder))) < args.batch_size:
-        c.say(f"warning: --batch_size {args.batch_size} is larger than the set of {batch} images; using {batch}")
-    mine, steps = c.share(batch), len(folder) // batch
+    batch, mine, steps = c.share(args.batch_size, len(folder))
     torch.manual_seed(args.seed)
     model = UNet(folder.channels, args.width, depth, args.init_scale).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
@@ -333,8 +328,6 @@ def apply(args, device):
     elif rank == 0:
         c.write_json(out / "made_by.json", maker)
     context, _ = c.autocast(device, args.amp)
-    asked = []
-    c.on_signal(lambda *_: asked.append(1))
     for split in splits or ["train"]:
         folder = c.Folder(args.data, split, args.noise, args.noise_seed)
         if folder.channels != state["data"]["channels"]:
@@ -361,7 +354,7 @@ def apply(args, device):
                 pixels = 0
             batches[-1].append(i)
             pixels += area
-        batches = [batch for batch in batches if todo.intersection(batch)][rank::size]
+        batches = [batch for batch in batches[rank::size] if todo.intersection(batch)]
 
         def write(i, x, targets=targets, todo=todo):
             if i in todo:
@@ -376,10 +369,6 @@ def apply(args, device):
                 list(writing)
                 writing = pool.map(write, index, result)
                 bar.update(len(index))
-                if asked:
-                    list(writing)
-                    c.say("stopped; the same command goes on")
-                    return c.EXIT_STOPPED
             list(writing)
         bar.close()
     return 0

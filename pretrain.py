@@ -139,7 +139,7 @@ class Network(nn.Module):
         """crops: [global (2B, C, S, S), local (LB, C, s, s) if any]; picked (M,): flat indices of masked patches; masks
         (2B, N): what the student does not see, None for a teacher; head: another head than its own. Gives logits of
         class tokens (2B + LB, K) and of picked patches (M, K), and the global class tokens (2B, D)."""
-        drop = [u.to(crops[0].device) for u in drop] if drop else [None] * len(crops)
+        drop = [u.to(crops[0].device, non_blocking=True) for u in drop] if drop else [None] * len(crops)
         asked = (masks, picked), (None, picked[:0])  # of global, of local crops: these have their class tokens alone
         out = [self.backbone.forward_features(x, m, u, p) for x, u, (m, p) in zip(crops, drop, asked, strict=False)]
         tokens = torch.cat([*(o["cls"] for o in out), out[0]["patches"]])  # (2B + LB + M, D)
@@ -166,6 +166,8 @@ def load_backbone(model, state):
             state["pos_embed"] = c.resize_pos_embed(pos.float(), (side, side))
     if wrong := [k for k, v in state.items() if k in own and v.shape != own[k].shape]:
         raise UserError(f"--init_backbone: other shapes: {', '.join(wrong)}; use the weights' --arch and --patch_size")
+    if not set(own) & set(state):
+        raise UserError("--init_backbone: holds no weight of a ViT; give a flat dict of tensors, as backbone.pth is")
     missing, unexpected = model.load_state_dict(state, strict=False)
     return f"--init_backbone: missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
 
@@ -175,7 +177,8 @@ def teacher_targets(logits, patch_logits, centers, temp, centering):
     targets = []
     for name, x in (("cls", logits), ("patch", patch_logits)):
         targets.append(c.sinkhorn(x, temp) if centering == "sinkhorn" else c.softmax_center(x, centers[name], temp))
-        centers[name] = c.update_center(centers[name], x)
+        if centering == "center":
+            centers[name] = c.update_center(centers[name], x)
     return targets[0].unflatten(0, (2, -1)), targets[1]
 
 def step_losses(args, run, crops, anchor_crops, masks, temp, drop=None):
@@ -273,6 +276,8 @@ class Run:
         """Freeze a teacher's weights as the anchor; its centres start from that teacher's and go their own way."""
         self.anchor = copy.deepcopy(self.teacher)
         load_weights(self.anchor, teacher)
+        for block in [*self.anchor.backbone.blocks] * self.args.compile:
+            block.compile()
         self.anchor_centers = {k: v.clone().to(self.device) for k, v in centers.items()}
 
     def load_networks(self, state):
@@ -329,12 +334,9 @@ def schedules(args, phases, phase, step, steps, batch):
 def start(args, phases, run, out, data, state):
     """Resume this run from its state, or, without one, take over the beginning that another run with the same settings
     has trained (--fork)."""
-    config = vars(args) | {"data": data["files"]}
-    if state:
-        c.check_config(state["config"], config, FREE, out)
-    elif args.fork:
+    if not state and args.fork:
         state = c.load_checkpoint(args.fork, needs=STATE)
-        c.check_config(state["config"], config, FREE | FORK_FREE, args.fork)
+        c.check_config(state["config"], vars(args) | {"data": data["files"]}, FREE | FORK_FREE, args.fork)
         theirs, (p, epoch) = parse_curriculum(state["config"]["curriculum"]), state["position"][:2]
         theirs[p].epochs = max([epoch, *[q.epochs for q in phases[p:p + 1]]])  # its last phase may go on here
         if theirs[:p + 1] != phases[:p + 1]:
@@ -347,12 +349,11 @@ def start(args, phases, run, out, data, state):
 
 def train(args, phases, run, folder, out, data):
     """Run the curriculum from the run's position; gives the exit code."""
-    if (batch := min(args.batch_size, len(folder))) < args.batch_size:
-        c.say(f"warning: --batch_size {args.batch_size} is larger than the set of {batch} images; using {batch}")
+    batch, mine, steps = c.share(args.batch_size, len(folder))
     if args.prototypes > (useful := min(10 * len(folder), 2000 * batch)):
         c.say(f"warning: --prototypes {args.prototypes}: more than about {useful} are of no use for {len(folder)} "
               f"images in batches of {batch}")
-    mine, steps, depth = c.share(batch), len(folder) // batch, len(run.network.backbone.blocks)
+    depth = len(run.network.backbone.blocks)
     mean, std = (torch.tensor(data[k], device=run.device)[:, None, None] for k in ("mean", "std"))
     total, ill = steps * sum(p.epochs for p in phases), 0  # ill: steps since the monitors were last in order
     loop = c.Loop(args, total, run.total, run.seconds,
@@ -401,15 +402,18 @@ def train(args, phases, run, folder, out, data):
 def main(argv=None):
     args = read_config(argv)
     phases, out, device = parse_curriculum(args.curriculum), Path(args.out), c.setup(args.device)
-    state = c.load_checkpoint(out / "checkpoint.pth", False, STATE)
-    if state:
-        c.check_config(state["config"], vars(args), FREE | {"data"}, out)
-        if state["position"][:2] == (len(phases) - 1, phases[-1].epochs) and (out / "backbone.pth").exists():
+    folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
+    files = str(folder)
+    if state := c.load_checkpoint(out / "checkpoint.pth", False, STATE):
+        c.check_config(state["config"], vars(args) | {"data": files}, FREE, out)
+        phase, epoch = state["position"][:2]
+        if sum(p.epochs for p in phases[phase:]) <= epoch and (out / "backbone.pth").exists():
             c.say(f"{out}: complete, nothing to do")
             return 0
-    folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
+    elif (out / "backbone.pth").exists():
+        raise UserError(f"{out}: holds a backbone.pth without its checkpoint; move it away, or name another --out")
     mean, std = folder.stats()
-    data = {"mean": mean, "std": std, "channels": folder.channels, "images": len(folder), "files": str(folder)}
+    data = {"mean": mean, "std": std, "channels": folder.channels, "images": len(folder), "files": files}
     run = Run(args, folder.channels, device)
     start(args, phases, run, out, data, state)
     del state  # memory

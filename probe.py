@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
@@ -98,14 +99,14 @@ class Features:
         return torch.stack([*(y["cls"] for y in layers), layers[0]["patches"].mean(1)], 1).float()
 
     def __call__(self, folder, source, name, views=0, through_denoiser=False):
-        """Features of every image in order: (1 + views, N, 5, D), the central crop first."""
+        """Features of every image in order: (1 + views, N, 5, D), the central crop first; on the first process only."""
         args, size = self.args, self.args.img_size
-        rank, processes = c.world()
-        batches = torch.arange(len(folder)).split(64)[rank::processes]  # the same batches in any number of processes
-        out = torch.zeros(1 + views, len(folder), 5, self.model.embed_dim)
-        loader = c.Batches(folder, [source], self.device, args.cache_gb, args.workers)
-        for index, ((images,), sizes) in zip(tqdm(batches, name, leave=False, disable=None),
-                                             loader.epoch([b.tolist() for b in batches]), strict=True):
+        (rank, processes), blocks = c.world(), []
+        batches = torch.arange(len(folder)).split(64)  # the same in any number of processes
+        shares = [batches[r::processes] for r in range(processes)]
+        loader = c.Batches(folder, [source], self.device, args.cache_gb if processes == 1 else 0.0, args.workers)
+        for index, ((images,), sizes) in zip(tqdm(shares[rank], name, leave=False, disable=rank > 0 or None),
+                                             loader.epoch([b.tolist() for b in shares[rank]]), strict=True):
             if through_denoiser:
                 images = denoise.denoise_ragged(self.denoiser, images, sizes, self.context)
             flips = torch.zeros(len(index), dtype=torch.bool)
@@ -114,8 +115,19 @@ class Features:
                 gen = c.generator(args.seed, 2, v, int(index[0]))
                 boxes, flips = c.draw_boxes(sizes, (0.08, 1), gen), torch.rand(len(index), generator=gen) < 0.5
                 crops.append(c.resample(images, sizes, boxes, flips, size, 255.0))
-            out[:, index] = torch.stack([self.embed(x / 255) for x in crops]).cpu()
-        return c.all_reduce(out)
+            blocks.append(torch.stack([self.embed(x / 255) for x in crops]).cpu())  # (1 + views, B, 5, D)
+        if rank > 0:
+            for block in blocks:
+                dist.send(block, 0)
+            return None
+        out = torch.empty(1 + views, len(folder), 5, self.model.embed_dim)
+        for r, share in enumerate(shares):
+            for k, index in enumerate(share):
+                block = blocks[k] if r == 0 else torch.empty(1 + views, len(index), *out.shape[2:])
+                if r > 0:
+                    dist.recv(block, r)
+                out[:, index] = block
+        return out
 
 # ==== linear probe: the 52 heads of DINOv2's protocol, trained at once ==============================================
 def head_inputs(dim):
@@ -124,20 +136,21 @@ def head_inputs(dim):
     blocks = torch.tensor([[1, 0, 0, 0, 0], [1, 0, 0, 0, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     return blocks.repeat_interleave(dim, 1).float()
 
-def train_heads(x, y, classes, rates, masks, iterations, batch_size, seed):
+def train_heads(x, y, classes, rates, masks, iterations, batch_size, seed, keep=None, device="cpu"):
     """SGD 0.9 without weight decay, cosine to 0, of len(masks) * len(rates) linear heads as one matrix product.
-    x (V, N, F) features of V views, y (N,) classes; rates: learning rates at batch 256; masks (M, F): each head's
-    inputs. Gives weight (M R, F, classes) and bias (M R, classes), heads ordered by mask, then rate."""
-    gen = torch.Generator().manual_seed(seed)
-    heads, size = len(masks) * len(rates), min(batch_size, len(y))
-    lr = (torch.tensor(rates) * size / 256).repeat(len(masks)).to(x.device)[:, None]
-    mask = masks.repeat_interleave(len(rates), 0).T.to(x.device)[..., None]  # (F, heads, 1)
+    x (V, N, F) features of V views, y (N,) classes, both on the CPU; rates: learning rates at batch 256; masks (M, F):
+    each head's inputs; keep: images to train on, all by default. Gives weight (M R, F, classes) and bias (M R, classes)
+    on the device, heads ordered by mask, then rate."""
+    gen, keep = torch.Generator().manual_seed(seed), torch.arange(len(y)) if keep is None else keep
+    heads, size = len(masks) * len(rates), min(batch_size, len(keep))
+    lr = (torch.tensor(rates) * size / 256).repeat(len(masks)).to(device)[:, None]
+    mask = masks.repeat_interleave(len(rates), 0).T.to(device)[..., None]  # (F, heads, 1)
     start = torch.randn(masks.shape[1], classes, generator=gen) * 0.01  # the same for every head, DINOv2's scale
-    weight, bias = start.to(x.device)[:, None] * mask, torch.zeros(heads, classes, device=x.device)
+    weight, bias = start.to(device)[:, None] * mask, torch.zeros(heads, classes, device=device)
     speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
     for i in range(iterations):
-        pick, view = torch.randint(len(y), (2, size), generator=gen).to(x.device)
-        xb, yb = x[view % len(x), pick], y[pick]
+        pick, view = torch.randint(len(keep), (2, size), generator=gen)
+        xb, yb = (v.to(device) for v in (x[view % len(x), keep[pick]], y[keep[pick]]))
         logits = (xb @ weight.flatten(1)).view(size, heads, classes) + bias
         grad = (logits.softmax(-1) - F.one_hot(yb, classes)[:, None]) / size  # (B, heads, classes)
         factor = lr * (0.5 * (1 + math.cos(math.pi * i / iterations)))
@@ -149,7 +162,7 @@ def train_heads(x, y, classes, rates, masks, iterations, batch_size, seed):
 
 def accuracy(x, y, weight, bias):
     """Top-1 in % of every head: x (N, F), y (N,), weight (heads, F, classes), bias (heads, classes)."""
-    right = sum(((xb @ weight + bias[:, None]).argmax(-1) == yb).sum(1)
+    right = sum(((xb.to(weight.device) @ weight + bias[:, None]).argmax(-1).cpu() == yb).sum(1)
                 for xb, yb in zip(x.split(1024), y.split(1024), strict=True))
     return right.double() * (100 / len(y))
 
@@ -163,12 +176,13 @@ def hold_out(y, seed, share=0.1):
         held[members[:max(1, round(len(members) * share)) if len(members) > 1 else 0]] = True
     return held
 
-def linear_probe(x, y, classes, args):
+def linear_probe(x, y, classes, args, device="cpu"):
     """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val is never seen.
     Gives a function (N, 5, D), (N,) -> accuracy in % of the chosen head, and what was chosen."""
     held, masks, x = hold_out(y, args.seed), head_inputs(x.shape[-1]), x.flatten(2)
     protocol = args.iterations, args.batch_size, args.seed
-    weight, bias = train_heads(x[:, ~held], y[~held], classes, RATES, masks, *protocol)
+    keep = (~held).nonzero()[:, 0]
+    weight, bias = train_heads(x, y, classes, RATES, masks, *protocol, keep, device)
     scores = accuracy(x[0, held], y[held], weight, bias)
     best = int(scores.argmax())
     chosen = {"head": ["1 block", "1 block + patches", "4 blocks", "4 blocks + patches"][best // len(RATES)],
@@ -212,27 +226,30 @@ def read_labels(train, val):
     return names, y, val_y
 
 def evaluate(args, device):
-    """All figures of one backbone as a dict."""
+    """All figures of one backbone as a dict; of several processes the first gives it, the others None."""
     features, started = Features(args, device), c.now()
     train, val = (features.folder(split, args.noise, args.denoised) for split in ("train", "val"))
     names, y, val_y = read_labels(train, val)
     source = "denoised" if args.denoised else "noisy"
-    x, val_x = features(train, source, "train", args.views), features(val, source, "val")[0]
-    linear, chosen = linear_probe(x, y, len(names), args)
+    x, val_x, tests = features(train, source, "train", args.views), features(val, source, "val"), []
+    if args.noise != "none" and (args.denoiser or not args.denoised):
+        # the denoised arm's own pipeline at inference: every test image goes through its denoiser
+        tests = [(strength, spec, val_x if strength == 1 and spec == args.noise else features(
+                  features.folder("val", spec), "noisy", f"val {spec}", through_denoiser=bool(args.denoised)))
+                 for strength, spec in sweep_specs(args.noise)]
+    if x is None:
+        return None
+    val_x = val_x[0]
+    linear, chosen = linear_probe(x, y, len(names), args, device)
     result = {"linear": linear(val_x, val_y), "chosen": chosen,
               "knn": {str(k): v for k, v in knn(x[0, :, 0], y, val_x[:, 0], val_y, len(names)).items()},
               "map": retrieval_map(val_x[:, 0], val_y), "classes": len(names), "train": len(y), "val": len(val_y)}
-    if args.noise != "none" and (args.denoiser or not args.denoised):
-        # the denoised arm's own pipeline at inference: every test image goes through its denoiser
-        result["sweep"] = sweep = []
-        for strength, spec in sweep_specs(args.noise):
-            z = val_x if strength == 1 and spec == args.noise else features(
-                features.folder("val", spec), "noisy", f"val {spec}", through_denoiser=bool(args.denoised))[0]
-            sweep.append({"strength": strength, "noise": spec, "linear": linear(z, val_y)})
-            if spec == "none":
-                result |= {"clean_linear": sweep[-1]["linear"], "clean_map": retrieval_map(z[:, 0], val_y),
-                           "clean_knn": {str(k): v for k, v in knn(x[0, :, 0], y, z[:, 0], val_y, len(names)).items()},
-                           "cosine": float(F.cosine_similarity(val_x[:, 0], z[:, 0]).mean())}
+    for strength, spec, (z,) in tests:
+        result.setdefault("sweep", []).append({"strength": strength, "noise": spec, "linear": linear(z, val_y)})
+        if spec == "none":
+            result |= {"clean_linear": result["sweep"][-1]["linear"], "clean_map": retrieval_map(z[:, 0], val_y),
+                       "clean_knn": {str(k): v for k, v in knn(x[0, :, 0], y, z[:, 0], val_y, len(names)).items()},
+                       "cosine": float(F.cosine_similarity(val_x[:, 0], z[:, 0]).mean())}
     return {**result, "seconds": c.now() - started, "config": vars(args), "pretrain": features.config,
             "summary": features.summary}
 
@@ -389,10 +406,12 @@ def main():
     args = read_config(sys.argv[1 + checking:])
     if checking:
         return read_labels(*(c.Folder(args.data, split, args.noise) for split in ("train", "val"))) and 0
+    if (out := Path(args.out)).exists():
+        c.check_config(c.read_json(out, {"config"})["config"], vars(args), c.FREE | {"data"}, out)
     result = evaluate(args, c.setup(args.device))
-    if c.world()[0] == 0:
-        c.write_json(args.out, result)
-    c.say(f"{Path(args.out).stem}:", *(f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result))
+    if result:
+        c.write_json(out, result)
+        c.say(f"{out.stem}:", *(f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result))
 
 if __name__ == "__main__":
     c.run(main)

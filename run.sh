@@ -72,12 +72,14 @@ case $preset in demo|tiny|imagenet100|imagenet1k) ;; *) fail "--preset $preset: 
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus $gpus: must be a whole number from 1"
 [[ $seeds =~ ^[0-9]+(\ +[0-9]+)*$ ]] || fail "--seeds $seeds: must be whole numbers"
 [ -d "$data" ] || fail "--data $data: no such folder"
-launch=("$python")
 if [ "$gpus" -gt 1 ]; then
   found=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   [ "$found" -ge "$gpus" ] || fail "--gpus $gpus: this machine has $found CUDA devices"
-  launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$gpus" --)
 fi
+processes() {  # how the next stages are started
+  launch=("$python")
+  [ "$1" -eq 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$1" --)
+}
 
 # ==== one stage after the other; a signal reaches the stage, which saves; then this script ends with 75 ====
 child='' stopped=''
@@ -110,13 +112,17 @@ fi
 
 if [[ " $arms " =~ \ (denoised|nc|nct)\  ]] && [ -z "$denoised" ]; then
   denoised=$out/denoised
+  few=$gpus  # the denoiser's batch of 4 is for 1, 2 or 4 processes
+  while [ $((4 % few)) -ne 0 ]; do few=$((few - 1)); done
+  processes $few
   stage "${launch[@]}" "$here/denoise.py" train "${common[@]}" --out "$out/denoiser"
+  processes "$gpus"
   stage "${launch[@]}" "$here/denoise.py" apply "${common[@]}" --denoiser "$out/denoiser" --out "$denoised"
 fi
 
+processes "$gpus"
 pretrain() {  # arm, then more flags
   local arm=$1 run=$out/pretrain/$1-seed$seed; shift
-  [ -f "$run/backbone.pth" ] && [ ${#extra[@]} -eq 0 ] && { echo "== $run: done =="; return; }
   stage "${launch[@]}" "$here/pretrain.py" "${common[@]}" --arm "$arm" --seed "$seed" --out "$run" "$@" ${extra[@]+"${extra[@]}"}
 }
 probe() {

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -111,6 +112,13 @@ class Bench:
                           "copy_gb_s": self.bandwidth / 1e9})
 
 
+def flops(f):
+    """Multiplications and additions of the matrix products of f(), attention's included on every device."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        f()
+    return counter.get_total_flops()
+
+
 @contextmanager
 def one_thread():
     threads = torch.get_num_threads()
@@ -126,7 +134,7 @@ def quiet():
 
 
 def stage(name, *argv):
-    """Run a stage in a process of its own; gives seconds and its peak memory in GB (children of its own included)."""
+    """Run a stage in a process of its own; gives seconds and its peak memory in GB."""
     start = time.perf_counter()
     code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -137,6 +145,24 @@ def stage(name, *argv):
     if done.returncode:
         raise SystemExit(f"{name} {' '.join(map(str, argv))}: {done.stdout}{done.stderr}")
     return time.perf_counter() - start, int(done.stdout.split("PEAK")[1]) / 1e6
+
+
+def streaming_memory(data, workers):
+    """Peak memory in GB of one pass over a folder that streams through workers: all processes, shared pages once."""
+    code = ("import sys, torch, common as c\n"
+            "folder = c.Folder(c.Path(sys.argv[1]), 'train', 'gauss100')\n"
+            "batches = torch.arange(len(folder) // 16 * 16).view(-1, 16).tolist()\n"
+            "for _ in c.Batches(folder, ['noisy'], torch.device('cpu'), 0.0, int(sys.argv[2])).epoch(batches): pass")
+    process, peak = subprocess.Popen([sys.executable, "-c", code, str(data), str(workers)], cwd=ROOT), 0
+    while process.poll() is None:
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            texts = [Path(f"/proc/{p}/smaps_rollup").read_text() for p in [str(process.pid), *children]]
+            peak = max(peak, sum(int(t.split("Pss:")[1].split()[0]) for t in texts))
+        except (OSError, IndexError):  # a process that ends just now
+            pass
+        time.sleep(0.05)
+    return peak / 1e6
 
 
 def config(bench, data, out, *flags):
@@ -151,6 +177,10 @@ def config(bench, data, out, *flags):
 def inputs(bench, folder):
     """Decoding and noise, a core each."""
     bench.title("input, per core")
+    if Path("/proc/self/smaps_rollup").exists():
+        memory = streaming_memory(folder.data, 4)
+        print(f"streaming {len(folder)} images with 4 workers, all processes: {memory:.2f} GB at most\n", flush=True)
+        bench.rows.append({"streaming_gb": memory})
     index = itertools.cycle(range(min(64, len(folder))))
     floats = [c.to_float(folder.read(i, "clean")) for i in range(min(16, len(folder)))]
     some = itertools.cycle(floats)
@@ -214,12 +244,8 @@ def step_parts(bench, folder, argv):
 
     values = {"lr": 1e-6, "weight_decay": 0.04, "momentum": 0.99, "frozen": False}
 
-    def gradients():
-        for p in run.network.parameters():
-            p.grad = torch.zeros_like(p)
-
-    def update():
-        run.update(torch.zeros((), device=bench.device, requires_grad=True), values)
+    def update():  # a loss whose gradients cost one pass over the memory
+        run.update(sum(0.0 * p.flatten()[0] for p in run.network.parameters()), values)
 
     def step(anchored=False):
         nonlocal crops, masks, drop
@@ -227,11 +253,6 @@ def step_parts(bench, folder, argv):
         crops = crop(views)
         anchor = crop(views[:2])[0] if anchored else None
         run.update(losses(anchor), values)
-
-    def flops(f):
-        with FlopCounterMode(display=False) as counter:
-            f()
-        return counter.get_total_flops()
 
     counted = flops(forward_backward) + flops(teacher)
     whole = bench.seconds(step)
@@ -248,9 +269,8 @@ def step_parts(bench, folder, argv):
     kept = run.anchor
     run.anchor = None
     bench.row("targets, losses and their gradients", batch, bench.seconds(only_losses), whole)
-    gradients()
     parameters = sum(p.numel() for p in run.network.parameters())
-    bench.row("clip, AdamW, EMA", batch, bench.seconds(update), whole, traffic=4 * 13 * parameters)
+    bench.row("clip, AdamW, EMA", batch, bench.seconds(update), whole, traffic=4 * 14 * parameters)
     nc, nct = [], []
     for _ in range(bench.args.repeats):
         for anchor, times in ((None, nc), (kept, nct)):
@@ -265,11 +285,13 @@ def step_parts(bench, folder, argv):
 
 
 def training(bench, argv, epochs):
-    """Throughput of the stage itself, decoding, noise, logging and saving included: median of its own log."""
+    """Throughput of the stage itself after its first three steps, data, noise, logging and saving included; its peak
+    memory in GB."""
     with tempfile.TemporaryDirectory() as out:
         _, peak = stage("pretrain.py", *argv, "--out", out, "--epochs", epochs, "--log_steps", 3)
-        summary = c.read_json(Path(out) / "summary.json")
-    return summary["images_s"], peak
+        log, config = c.read_log(Path(out) / "log.jsonl"), c.read_json(Path(out) / "config.json")
+    batch = min(config["batch_size"], config["images"])
+    return (log[-1]["step"] - log[0]["step"]) * batch / (log[-1]["seconds"] - log[0]["seconds"]), peak
 
 
 def denoising(bench, folder, argv, out):
@@ -296,10 +318,8 @@ def denoising(bench, folder, argv, out):
     bench.title(f"denoiser of width {args.width}, patches of {patch}, batch {args.batch_size}")
     assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(
         denoise.n2n_losses(model, y, pairs, 1.0), plain_losses(plain, theirs[0], pairs, 1.0), strict=True))
-    with FlopCounterMode(display=False) as counter:
-        step()
     ours, other = bench.seconds(step, lambda: step(plain_losses, plain, *theirs))
-    bench.row("training step", len(y), ours, flops=counter.get_total_flops())
+    bench.row("training step", len(y), ours, flops=flops(step))
     bench.row("the same with boolean masks, a channel at a time", len(y), other, note=f"{other / ours:.2f} times ours")
     state = {"model": model.state_dict(), "epoch": 1, "config": {**vars(args), "epochs": 1}, "optimizer": {},
              "scaler": {}, "step": 0, "seconds": 0, "data": {"channels": folder.channels, "depth": depth}}
@@ -370,9 +390,7 @@ def probing(bench, folder, argv, out):
         with torch.no_grad(), bench.context():
             model.last_layers(x, 4)
 
-    with FlopCounterMode(display=False) as counter:
-        forward()
-    bench.row("features, ViT-S/16 at 224", 32, bench.seconds(forward), flops=counter.get_total_flops())
+    bench.row("features, ViT-S/16 at 224", 32, bench.seconds(forward), flops=flops(forward))
     gen = torch.Generator().manual_seed(0)
     f, y = torch.randn(1, 4000, 5 * 384, generator=gen), torch.randint(100, (4000,), generator=gen)
     start = time.perf_counter()
@@ -387,7 +405,7 @@ def probing(bench, folder, argv, out):
 # ---- growth ----------------------------------------------------------------------------------------------
 def growth(bench, out):
     """Time against images, workers, processes, prototypes and batch."""
-    argv = config(bench, "", "", "--arm", "noisy", "--log_steps", "3", "--save_minutes", "999")
+    argv = config(bench, out / "many1000", out / "run", "--arm", "noisy")
     bench.title("growth: scanning and reading small files")
     base = list(shapes_folder(out / "shapes", 200, 0).glob("train/*/*.png"))
     for n in (1_000, 10_000, 100_000):
@@ -414,6 +432,18 @@ def growth(bench, out):
                 for _ in source.epoch(list(torch.arange(1000).view(-1, 50).tolist())):
                     pass
                 bench.row(f"stream 1,000 of {n}, {workers} workers", 1000, time.perf_counter() - start)
+    bench.title("growth: memory of apply and of the probe, each in a process of its own")
+    stage("pretrain.py", *config(bench, out / "many1000", out / "random", "--arm", "random"))
+    stage("denoise.py", "train", *config(bench, out / "many1000", out / "denoiser", "--epochs", 1))
+    for n in (1_000, 10_000):
+        data = out / f"many{n}"
+        (data / "val").symlink_to(out / "many1000" / "train")
+        took, peak = stage("denoise.py", "apply", *config(bench, data, out / f"apply{n}", "--denoiser",
+                                                          out / "denoiser"))
+        bench.row(f"apply on {n} + 1,000 files", n + 1000, took, note=f"{peak:.2f} GB at most")
+        took, peak = stage("probe.py", *config(bench, data, out / f"probe{n}.json", "--run", out / "random",
+                                               "--iterations", 10))
+        bench.row(f"probe on {n} + 1,000 files", n + 1000, took, note=f"{peak:.2f} GB at most")
     bench.title("growth: one step against prototypes and batch")
     folder = c.Folder(out / "many1000", "train", "gauss100")
     for flag, values in (("--prototypes", (512, 2048, 8192, 32768)), ("--batch_size", (16, 32, 64, 128))):
@@ -505,8 +535,8 @@ def main():
     print(f"\npeak memory of this process {peak / 1e9:.2f} GB")
     bench.rows.append({"peak_gb": peak / 1e9})
     if args.json:
-        Path(args.json).write_text(json.dumps({"command": sys.argv[1:], "date": time.strftime("%Y-%m-%d"),
-                                               "rows": bench.rows}, indent=1) + "\n")
+        said = {"command": [Path(a).name for a in sys.argv[1:]], "date": time.strftime("%Y-%m-%d"), "rows": bench.rows}
+        Path(args.json).write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

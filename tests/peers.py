@@ -3,6 +3,7 @@
 PIL crops in DataLoader workers (one a core), timm's ViT masked by lightly, lightly's heads, losses, masks, EMA; AdamW.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -13,8 +14,6 @@ from torch import nn
 import common as c
 import pretrain
 
-# torchvision registers fakes of operators that a build for another torch lacks; only its transforms are used here
-register, torch.library.register_fake = torch.library.register_fake, lambda *a, **k: lambda f: f
 try:
     import timm
     import torchvision
@@ -23,9 +22,7 @@ try:
     from lightly.models.utils import random_block_mask, update_momentum
     from torchvision import transforms as T
 except ImportError as error:
-    raise SystemExit(f"--peers: pip install timm lightly torchvision ({error})") from None
-finally:
-    torch.library.register_fake = register
+    raise SystemExit(f"--peers: pip install timm lightly, and the torchvision of this torch ({error})") from None
 
 
 def view(size, scale, blur, solarize):
@@ -100,15 +97,15 @@ def stepper(args, device):
 
 
 def images_a_second(folder, args, device, steps, workers):
+    ahead = 2 * workers  # batches that the workers hold ready: they are busy as long as anything is timed
     loader = torch.utils.data.DataLoader(
-        Views(folder, args), args.batch_size, sampler=torch.randint(len(folder), ((steps + 2) * args.batch_size,)),
-        num_workers=workers, drop_last=True)
+        Views(folder, args), args.batch_size, num_workers=workers, prefetch_factor=2,
+        sampler=torch.randint(len(folder), ((steps + 1 + ahead) * args.batch_size,)))
     step, times = stepper(args, device), []
-    for crops in loader:
+    for crops in itertools.islice(loader, steps + 1):
         step([x.to(device) for x in crops])
         times.append(time.perf_counter())
-    gaps = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
-    return args.batch_size / statistics.median(gaps)
+    return args.batch_size * steps / (times[-1] - times[0])
 
 
 def compare(bench, folder, argv, training):
@@ -116,7 +113,7 @@ def compare(bench, folder, argv, training):
     args = pretrain.read_config(argv)
     args.batch_size = min(args.batch_size, len(folder))
     bench.title("beside timm, lightly and torchvision")
-    steps = 12 if args.global_size < 128 else 3
+    steps = 12 if args.global_size < 128 else 4
     ours, theirs = [], []
     for _ in range(bench.args.repeats):
         ours.append(training(bench, argv, max(1, -(-2 * steps * args.batch_size // len(folder))))[0])

@@ -62,7 +62,7 @@ def worker(rank, folder):
         out[f"center {name}"] = common.update_center(torch.full((1, K), 0.5), mine)
         out[f"sinkhorn {name}"] = common.sinkhorn(mine, 0.05)
     x, weight = f((6, 16), 0.61, 0.6), f((16, 16), 0.3, 0.2).requires_grad_()
-    mine = x[common.share(6)] @ weight
+    mine = x[common.share(6, 6)[1]] @ weight
     out["gathered"] = common.gather_rows(mine).detach()
     out["loss"] = common.koleo_loss(common.gather_rows(mine))
     (out["loss"] * 2).backward()
@@ -233,6 +233,17 @@ def test_anchor_is_dino_plus_ibot_against_the_other_teacher():
     close(dino, np.mean(pairs), rtol=1e-5)
     rows = [plain_cross_entropy(t, s) for t, s in zip(other_patches, patches, strict=True)]
     close(ibot, np.dot(weights.double().numpy(), rows) / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_layer_scale_of_1e_5_survives_half_precision(dtype, tolerance):
+    """1e-5 times a weight of 0.02 is below float16's normal numbers."""
+    linear, x = torch.nn.Linear(64, 32), torch.randn(10, 64, generator=gen(1))
+    linear.weight.data, linear.bias.data = 0.02 * torch.randn(32, 64, generator=gen(2)), torch.zeros(32)
+    expected = 1e-5 * x @ linear.weight.T
+    with torch.autocast("cpu", dtype):
+        y = common.scaled_linear(linear, torch.full((32,), 1e-5), x).float()
+    assert (y - expected).norm() < tolerance * expected.norm()
 
 
 def test_losses_are_float32_under_autocast():
@@ -1854,7 +1865,7 @@ def test_checkpoint_is_due_after_the_given_minutes(loop, monkeypatch):
 
 
 def test_shares_of_one_process_are_everything():
-    assert common.world() == (0, 1) and common.share(7) == slice(0, 7)
+    assert common.world() == (0, 1) and common.share(7, 15) == (7, slice(0, 7), 2)
     x = torch.rand(3, 2, generator=gen())
     assert torch.equal(common.gather_rows(x), x) and torch.equal(common.all_reduce(x.clone(), "MAX"), x)
 

@@ -19,6 +19,7 @@ from test_fuzz import MAINS, STAGES, arguments, bomb, call, contents, good, pict
 
 import common
 import pretrain
+import probe
 from common import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -178,10 +179,43 @@ def test_killed_before_the_renaming_loses_nothing_and_leftovers_go(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "checkpoint.pth.previous"]
 
 
-def test_complete_run_needs_no_images(base, tmp_path):
+def test_complete_run_is_left_as_it_is_and_other_images_are_refused(base, tmp_path):
+    shutil.copytree(base / "data", tmp_path / "same")
+    shutil.copytree(base / "data", tmp_path / "other")
+    path = next((tmp_path / "other/train").rglob("*.png"))
+    path.write_bytes(path.read_bytes() + b"\0")
+    before = contents(base / "runs")
     for stage, out in (("train", "denoiser"), ("pretrain", "pretrain/nct-seed0")):
-        code, text = call(MAINS[stage], arguments(stage, base / "runs", tmp_path / "nowhere", base / "runs" / out))
-        assert code == 0 and "complete, nothing to do" in text
+        for data, expected in (("same", 0), ("other", 2)):
+            argv = arguments(stage, base / "runs", tmp_path / data, base / "runs" / out)
+            code, text = call(MAINS[stage], argv)
+            assert code == expected and ("complete, nothing to do" if code == 0 else "--data ") in text
+    assert contents(base / "runs") == before
+
+
+def test_complete_run_of_no_epochs_is_left_as_it_is(base, tmp_path):
+    argv = [*arguments("pretrain", base / "runs", base / "data", tmp_path), "--curriculum", "noisy:0",
+            "--anchor", "0"]
+    code, text = call(pretrain.main, argv)
+    assert code == 0, text
+    before = contents(tmp_path)
+    code, text = call(pretrain.main, argv)
+    assert code == 0 and "complete, nothing to do" in text and contents(tmp_path) == before
+
+
+def test_backbone_without_its_checkpoint_is_not_overwritten(base, tmp_path):
+    (tmp_path / "backbone.pth").write_bytes(b"trained for days")
+    code, text = call(pretrain.main, arguments("pretrain", base / "runs", base / "data", tmp_path))
+    assert code == 2 and "backbone.pth without its checkpoint" in one_line(text)
+    assert (tmp_path / "backbone.pth").read_bytes() == b"trained for days"
+
+
+def test_probe_of_other_settings_is_not_overwritten(base, tmp_path):
+    shutil.copy(next((base / "runs/probe").glob("*.json")), out := tmp_path / "p.json")
+    before = out.read_bytes()
+    argv = [*arguments("probe", base / "runs", base / "data", out), "--seed", "7"]
+    code, text = call(probe.main, argv)
+    assert code == 2 and "--seed 0 (now 7)" in one_line(text) and out.read_bytes() == before
 
 
 @pytest.fixture
@@ -365,8 +399,11 @@ def test_signal_outside_of_the_loops_ends_at_once_with_75(base, tmp_path, name):
 
 
 def test_apply_stopped_by_a_signal_goes_on_to_the_same_images(base, tmp_path):
-    kill = ("import os, signal\nreal = denoise.denoise\n"
-            "denoise.denoise = lambda *a, **k: (real(*a, **k), os.kill(os.getpid(), signal.SIGTERM))[0]")
+    kill = ("import os, signal\nreal, calls = denoise.denoise, []\n"
+            "def second(*a, **k):\n"
+            "    calls.append(1)\n"
+            "    return real(*a, **k) if len(calls) < 2 else os.kill(os.getpid(), signal.SIGTERM)\n"
+            "denoise.denoise = second")
     argv = arguments("apply", base / "runs", base / "data", tmp_path / "out")
     done = script("apply", *argv, before=kill)
     some = list((tmp_path / "out").rglob("*.png"))
@@ -435,7 +472,7 @@ def test_every_image_is_seen_once_in_an_epoch_whatever_the_number_of_processes(m
         seen = []
         for rank in range(size):
             monkeypatch.setattr(common, "world", lambda rank=rank, size=size: (rank, size))
-            seen.append(order[:, common.share(8)])
+            seen.append(order[:, common.share(8, 24)[1]])
         assert torch.equal(torch.cat(seen, 1), order)
 
 

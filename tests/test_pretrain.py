@@ -731,6 +731,12 @@ def test_init_backbone_names_what_is_missing_and_unexpected():
     assert torch.equal(model.state_dict()["register_tokens"], expected)
 
 
+def test_init_backbone_of_a_file_without_a_vit_is_refused():
+    model = common.make_vit("16,2,2", 8, img_size=32)
+    with pytest.raises(UserError, match="no weight of a ViT"):
+        pretrain.load_backbone(model, {"teacher": model.state_dict()})
+
+
 @pytest.mark.parametrize("name, patch, registers", [
     ("vit_small_patch16_224", 16, 0), ("vit_base_patch16_224", 16, 0), ("vit_small_patch14_reg4_dinov2", 14, 4)])
 @torch.no_grad()
