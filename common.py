@@ -176,17 +176,19 @@ def parallel(function, items, name, workers=None):
     return [x for part in parts for x in part]
 
 def scan(root, paths):
-    """Height, width, channels of all files: array (N, 3). A large folder's is kept in CACHE, named by a fingerprint of
-    all paths, sizes and times of change: the next start reads no image, a changed folder is scanned anew."""
-    def stamp(path):
-        found = os.stat(root / path)
-        return f"{path} {found.st_size} {found.st_mtime_ns}"
+    """Height, width, channels and bytes of all files: array (N, 4). A large folder's is kept in CACHE, named by a
+    fingerprint of paths, sizes, times of change: the next start reads no image, a changed folder is scanned anew."""
+    def stat(path):
+        return os.stat(f"{root}/{path}") if os.path.exists(f"{root}/{path}") else read_image(root / path)  # raises
+    stats = parallel(stat, paths, "list")
     if large := len(paths) >= LARGE:
-        kept = CACHE / f"{digest(parallel(stamp, paths, 'list'))}.pth"
+        names = [f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in zip(paths, stats, strict=True)]
+        kept = CACHE / f"{digest(names)}.pth"
         with suppress(UserError):  # none yet, or damaged
             return load_checkpoint(kept)["infos"].numpy()
         say(f"{root}: reading the headers of {len(paths)} images; kept in {kept}")
-    infos = np.array(parallel(lambda path: read_image(root / path, header=True).shape, paths, "scan"))
+    shapes = parallel(lambda path: read_image(root / path, header=True).shape, paths, "scan")
+    infos = np.column_stack([shapes, [s.st_size for s in stats]])
     if large:
         with suppress(UserError):  # no room for it: the next start scans again
             write_atomic(kept, lambda file: torch.save({"infos": torch.from_numpy(infos)}, file))
@@ -205,12 +207,15 @@ class Folder:
         if not self.data.is_dir():
             raise UserError(f"--data {data}: no such folder")
         root = self.data / split
-        root = self.data if split == "train" and not root.is_dir() else root
+        if split == "train" and not root.is_dir():
+            root = self.data
+            if (root / "val").is_dir():
+                raise UserError(f"{root}: has val/, but no train/")
         self.paths = [(root.relative_to(self.data) / p).as_posix() for p in list_images(root)]
         if not self.paths:
             raise UserError(f"{root}: no images found; no such folder, or no .png, .jpg, .tif, .npy or the like in it")
         infos = scan(self.data, self.paths)
-        self.sizes = torch.from_numpy(infos[:, :2])  # (N, 2) height, width
+        self.sizes, self.bytes = torch.from_numpy(infos[:, :2]), infos[:, 3].tolist()  # (N, 2) height, width
         channels = {int(k): self.paths[i] for k, i in zip(*np.unique(infos[:, 2], return_index=True), strict=True)}
         self.channels = max(channels)
         if set(channels) - {1, 3} and len(channels) > 1:
@@ -226,7 +231,7 @@ class Folder:
                             "first; denoise.py apply makes those that are missing")
         paths = [found[stem] for stem in stems]
         for i, info in enumerate(scan(root, paths).tolist()):
-            self.check(i, root / paths[i], info)
+            self.check(i, root / paths[i], info[:3])
         return [root / p for p in paths]
 
     def check(self, i, path, shape):
@@ -261,7 +266,7 @@ class Folder:
 
     def __str__(self):
         """The same for the same names and sizes of files, wherever they lie: a checkpoint's value of --data."""
-        names = parallel(lambda p: f"{p} {os.stat(self.data / p).st_size}", self.paths, "list")
+        names = [f"{p} {size}" for p, size in zip(self.paths, self.bytes, strict=True)]
         return f"{len(self)} images of {self.channels} channels, {digest(names)}"
 
     def labels(self):

@@ -104,7 +104,7 @@ class Features:
         (rank, processes), blocks = c.world(), []
         batches = torch.arange(len(folder)).split(64)  # the same in any number of processes
         shares = [batches[r::processes] for r in range(processes)]
-        loader = c.Batches(folder, [source], self.device, args.cache_gb if processes == 1 else 0.0, args.workers)
+        loader = c.Batches(folder, [source], self.device, 0.0, args.workers)  # streamed: each image is needed once
         for index, ((images,), sizes) in zip(tqdm(shares[rank], name, leave=False, disable=rank > 0 or None),
                                              loader.epoch([b.tolist() for b in shares[rank]]), strict=True):
             if through_denoiser:

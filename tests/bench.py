@@ -407,7 +407,7 @@ def growth(bench, out):
     """Time against images, workers, processes, prototypes and batch."""
     argv = config(bench, out / "many1000", out / "run", "--arm", "noisy")
     bench.title("growth: scanning and reading small files")
-    base = list(shapes_folder(out / "shapes", 200, 0).glob("train/*/*.png"))
+    base = list(shapes_folder(out / "shapes", 200, 10).glob("train/*/*.png"))
     for n in (1_000, 10_000, 100_000):
         data = out / f"many{n}"
         for i in range(n):
@@ -459,7 +459,10 @@ def growth(bench, out):
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         summary = c.read_json(out / f"processes{n}" / "summary.json")
-        bench.row(f"{n} processes", summary["images_s"], 1.0)
+        torch.set_num_threads(n)
+        a = torch.randn(2048, 2048)
+        rate = 2 * 2048**3 / bench.seconds(lambda a=a: a @ a) / 1e9
+        bench.row(f"{n} processes", summary["images_s"], 1.0, note=f"matmul in {n} threads: {rate:.0f} GFLOP/s")
 
 
 def make_step(bench, folder, argv):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from test_fuzz import MAINS, STAGES, arguments, bomb, call, contents, good, picture, results
+from test_fuzz import FOLDER, MAINS, STAGES, arguments, bomb, call, contents, good, picture, results
 
 import common
 import pretrain
@@ -54,6 +54,34 @@ def images(folder, n=4, suffix=".png"):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(np.random.default_rng(i), 16, 20)).save(folder / f"{i}{suffix}")
     return folder
+
+
+# ======================================================================================================
+# every kind of file and folder has a decided answer
+# ======================================================================================================
+REFUSED = {  # kind -> what the line says; all others are used
+    "zero": "empty file", "text": "cannot identify", "truncated": "not a readable image", "nan": "must be finite",
+    "range": "must be finite and in", "channels": "differ in their number of channels", "archive": "magic string",
+    "object": "allow_pickle=False", "flat array": "is neither", "dangling": "link to nothing",
+    "bomb": "decompression bomb", "unknown class": "bird: class unknown", "empty class": "dog: class unknown",
+    "empty val": "no images found", "empty train": "no images found", "no val": "no images found",
+    "no train": "has val/, but no train/", "no data": "no such folder"}
+WHOLE = [k for k in FOLDER if k.split()[0] in ("unknown", "one", "empty", "no")]  # what is wrong with the whole folder
+
+
+@pytest.mark.parametrize("kind", [k for k in FOLDER if k != "flipped"])  # a JPEG may have other bytes and be one
+def test_every_kind_of_file_is_used_or_refused_by_name_before_training(base, tmp_path, kind):
+    shutil.copytree(base / "data", data := tmp_path / "data")
+    FOLDER[kind](data if kind in WHOLE else data / "train/cat", np.random.default_rng(0))
+    before = {*tmp_path.rglob("*")}
+    code, text = call(probe.main, arguments("check", base / "runs", data, tmp_path / "out"))
+    assert code == (2 if kind in REFUSED else 0), text
+    if kind in REFUSED:
+        assert REFUSED[kind] in one_line(text) and str(data) in text
+    elif kind not in ("directory", "loop", "lost", "one image"):
+        n = len(common.Folder(data))
+        assert n == 13 and all(x.dtype == np.uint8 and x.shape[2] == 3 for x in map(common.Folder(data).read, range(n)))
+    assert {*tmp_path.rglob("*")} == before
 
 
 # ======================================================================================================
