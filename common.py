@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -311,12 +312,21 @@ class Batches:
             return
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=batches, collate_fn=pad_batch, num_workers=self.workers,
-            pin_memory=self.device.type == "cuda", multiprocessing_context="fork" if self.workers else None)
+            pin_memory=self.device.type == "cuda", multiprocessing_context="fork" if self.workers else None,
+            worker_init_fn=functools.partial(end_with, os.getpid()))
         for images, sizes in loader:
             yield [x.to(self.device, non_blocking=True) for x in images], sizes
 
     def __getitem__(self, i):
         return [self.folder.read(i, s) for s in self.sources]
+
+def end_with(parent, _):
+    """A worker ends with its process; torch's own watch misses one that dies while the worker starts."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 def pad_batch(items):
     """[per image: [uint8 (H, W, C) per source]] -> [uint8 (B, C, Hmax, Wmax) per source], sizes (B, 2)."""

@@ -426,6 +426,20 @@ def test_signal_outside_of_the_loops_ends_at_once_with_75(base, tmp_path, name):
     assert done.returncode == 75 and done.stderr == "stopped; the same command goes on\n"
 
 
+def test_worker_ends_with_its_process_even_if_torch_does_not_see_it_die(tmp_path):
+    code = ("import os, sys, torch, common\n"
+            "class Blind:\n"
+            "    def is_alive(self): return True\n"
+            "torch.utils.data._utils.worker.ManagerWatchdog = Blind\n"
+            "source = common.Batches(common.Folder(sys.argv[1]), ['noisy'], torch.device('cpu'), 0.0, 1)\n"
+            "batches = source.epoch([[0], [1], [2], [3]])\n"
+            "next(batches)\n"
+            "os._exit(0)")
+    # its output ends when the last process that holds it does
+    subprocess.run([sys.executable, "-c", code, images(tmp_path)], env=ENV, cwd=ROOT, stdout=subprocess.PIPE,
+                   timeout=60, check=True)
+
+
 def test_apply_stopped_by_a_signal_goes_on_to_the_same_images(base, tmp_path):
     kill = ("import os, signal\nreal, calls = denoise.denoise, []\n"
             "def second(*a, **k):\n"
