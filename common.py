@@ -180,7 +180,9 @@ def scan(root, paths):
     """Height, width, channels and bytes of all files: array (N, 4). A large folder's is kept in CACHE, named by a
     fingerprint of paths, sizes, times of change: the next start reads no image, a changed folder is scanned anew."""
     def stat(path):
-        return os.stat(f"{root}/{path}") if os.path.exists(f"{root}/{path}") else read_image(root / path)  # raises
+        with suppress(OSError):
+            return os.stat(f"{root}/{path}")
+        read_image(root / path)  # raises what is wrong with it
     stats = parallel(stat, paths, "list")
     if large := len(paths) >= LARGE:
         names = [f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in zip(paths, stats, strict=True)]

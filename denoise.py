@@ -147,7 +147,7 @@ MARGIN = 160  # pixels of context around a tile: the U-Net's reach (157), rounde
 
 @torch.no_grad()
 def denoise(model, images, tile=1024, context=c.nullcontext):
-    """uint8 (B, C, H, W) of any size to the same, denoised: reflected to a multiple of 32, large ones in tiles."""
+    """uint8 (B, C, H, W) of any size to the same, denoised: reflected to multiples of 2**depth, large ones tiled."""
     height, width = images.shape[2:]
     cell = 2**model.depth
     rows, columns = (reflect(torch.arange(math.ceil(n / cell) * cell), torch.tensor(n)).to(images.device)

@@ -176,8 +176,10 @@ def teacher_targets(logits, patch_logits, centers, temp, centering):
     """Targets of one teacher, (2, B, K) and (M, K); its centres then move on."""
     targets = []
     for name, x in (("cls", logits), ("patch", patch_logits)):
-        targets.append(c.sinkhorn(x, temp) if centering == "sinkhorn" else c.softmax_center(x, centers[name], temp))
-        if centering == "center":
+        if centering == "sinkhorn":
+            targets.append(c.sinkhorn(x, temp))
+        else:
+            targets.append(c.softmax_center(x, centers[name], temp))
             centers[name] = c.update_center(centers[name], x)
     return targets[0].unflatten(0, (2, -1)), targets[1]
 

@@ -241,14 +241,15 @@ def evaluate(args, device):
         return None
     val_x = val_x[0]
     linear, chosen = linear_probe(x, y, len(names), args, device)
-    result = {"linear": linear(val_x, val_y), "chosen": chosen,
-              "knn": {str(k): v for k, v in knn(x[0, :, 0], y, val_x[:, 0], val_y, len(names)).items()},
-              "map": retrieval_map(val_x[:, 0], val_y), "classes": len(names), "train": len(y), "val": len(val_y)}
+    def neighbours(z, prefix=""):
+        found = knn(x[0, :, 0], y, z[:, 0], val_y, len(names))
+        return {f"{prefix}knn": {str(k): v for k, v in found.items()}, f"{prefix}map": retrieval_map(z[:, 0], val_y)}
+    result = {"linear": linear(val_x, val_y), "chosen": chosen, **neighbours(val_x),
+              "classes": len(names), "train": len(y), "val": len(val_y)}
     for strength, spec, (z,) in tests:
         result.setdefault("sweep", []).append({"strength": strength, "noise": spec, "linear": linear(z, val_y)})
         if spec == "none":
-            result |= {"clean_linear": result["sweep"][-1]["linear"], "clean_map": retrieval_map(z[:, 0], val_y),
-                       "clean_knn": {str(k): v for k, v in knn(x[0, :, 0], y, z[:, 0], val_y, len(names)).items()},
+            result |= {"clean_linear": result["sweep"][-1]["linear"], **neighbours(z, "clean_"),
                        "cosine": float(F.cosine_similarity(val_x[:, 0], z[:, 0]).mean())}
     return {**result, "seconds": c.now() - started, "config": vars(args), "pretrain": features.config,
             "summary": features.summary}
