@@ -35,6 +35,9 @@ done
 
 # OpenMP threads that spin for long slow a shared machine down many times over; ones that never spin, an idle one by a fifth
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+# glibc: large tensors in huge pages; pretraining, whose tensors have the same sizes every step, also keeps freed memory
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+keep=$GLIBC_TUNABLES:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 # ==== environment: this python if it has the packages (an accelerator's own torch is used as it is), else .venv ====
 has() { "$1" -c 'import sys, importlib.util as u; sys.exit(None in map(u.find_spec, sys.argv[1:]))' $2 2>/dev/null; }
@@ -123,7 +126,7 @@ fi
 processes "$gpus"
 pretrain() {  # arm, then more flags
   local arm=$1 run=$out/pretrain/$1-seed$seed; shift
-  stage "${launch[@]}" "$here/pretrain.py" "${common[@]}" --arm "$arm" --seed "$seed" --out "$run" "$@" ${extra[@]+"${extra[@]}"}
+  GLIBC_TUNABLES=$keep stage "${launch[@]}" "$here/pretrain.py" "${common[@]}" --arm "$arm" --seed "$seed" --out "$run" "$@" ${extra[@]+"${extra[@]}"}
 }
 probe() {
   local arm=$1 run=$out/pretrain/$1-seed$seed result=$out/probe/$1-seed$seed.json flags=()

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -133,6 +134,15 @@ def quiet():
         yield
 
 
+def environment(name):
+    """The variables that run.sh sets for a stage."""
+    script = Path(ROOT / "run.sh").read_text()
+    exports = "\n".join(re.findall(r"^(?:export|keep=).*", script, re.M))
+    last = "GLIBC_TUNABLES=$keep env" if name == "pretrain.py" else "env -0"
+    text = subprocess.run(["bash", "-c", f"{exports}\n{last}"], capture_output=True, text=True, check=True).stdout
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
 def stage(name, *argv):
     """Run a stage in a process of its own; gives seconds and its peak memory in GB."""
     start = time.perf_counter()
@@ -141,7 +151,7 @@ def stage(name, *argv):
             "except SystemExit as e: assert not e.code, e.code\n"
             "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT / name), *map(str, argv)], capture_output=True,
-                          text=True)
+                          text=True, env=environment(name))
     if done.returncode:
         raise SystemExit(f"{name} {' '.join(map(str, argv))}: {done.stdout}{done.stderr}")
     return time.perf_counter() - start, int(done.stdout.split("PEAK")[1]) / 1e6

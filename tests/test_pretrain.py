@@ -2,6 +2,7 @@
 continued. Networks of 16 features on 24 images of 32 x 32."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -653,6 +654,23 @@ def test_resume_goes_on_with_other_workers_and_log_steps(images, runs, tmp_path,
     steps.after = lambda run, values: None
     assert not differences(train(images, out, *flags, "--workers", 3, "--log_steps", 2), runs[1]["nct"])
     assert [r["step"] for r in log(out)] == [1, 2, 3, 4, 6, 8]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
+def test_compiled_run_equals_the_plain_one_and_is_not_compiled_anew_each_step(images, tmp_path, steps, monkeypatch):
+    """Both crop sizes, another number of masked patches each step, live and frozen teacher; more blocks than torch
+    keeps versions of a function. The graphs that torch traces run as they are, without its code generator."""
+    flags = ["--curriculum", "denoised:2,noisy:2", "--anchor", "1", "--arch", "16,10,2", "--drop_path", "0.1"]
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    counters, graphs = torch._dynamo.utils.counters, []
+    counters.clear()
+    steps.after = lambda run, values: graphs.append(counters["stats"]["unique_graphs"])
+    compiled = train(images, tmp_path / "compiled", *flags, "--compile")
+    assert len(graphs) == 4 * STEPS and 0 < graphs[STEPS - 1] == graphs[-1]
+    assert graphs[-1] < torch._dynamo.config.recompile_limit  # at which torch gives up, without a word
+    assert not counters["graph_break"]
+    assert not differences(compiled, train(images, tmp_path / "plain", *flags))
 
 
 def test_two_processes_give_the_losses_of_one(images, tmp_path):

@@ -1,0 +1,344 @@
+"""The experiments of the README: what is missing is run, by the stages' own commands; then tables are made of results/.
+
+    python tests/experiments.py --data tiny-imagenet-10 --kodak kodak      all of them: hours on a laptop
+    python tests/experiments.py --data tiny-imagenet-10 --only gauss100-nct-seed0 --results again    one arm, again
+    python tests/experiments.py                                            results/experiments/README.md alone
+    python tests/experiments.py --list                                     the names
+
+Every run leaves results/experiments/NAME.json: its figures, configuration, commands, date and machine. What has one is
+not run again, and an interrupted run goes on.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import common as c
+import denoise
+import probe
+
+ROOT = Path(__file__).parents[1]
+EPOCHS, SWITCH = 10, 6
+ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
+RECIPE = ["--preset", "tiny"]  # of all three stages
+LENGTH = ["--epochs", str(EPOCHS), "--switch", str(SWITCH)]
+RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008), (3, 5, 7, 9), (0.5, 1, 2), (0, 1, 2)
+NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
+KODAK = ("gauss25", "gauss50")
+
+
+# ==== the plan: name -> what it takes ===============================================================================
+def plan():
+    """{name: run}: noise, data (the set, its search or its redrawn copy), denoiser (its name, or None), flags of
+    pretrain.py, fork (name of the run that it goes on from), probed. The most telling first."""
+    runs = {}
+
+    def add(name, noise, *flags, data="data", denoiser=None, fork=None, probed=True):
+        runs[name] = SimpleNamespace(name=name, noise=noise, data=data, denoiser=denoiser, fork=fork, probed=probed,
+                                     flags=[str(f) for f in flags])
+
+    def arms(noise, names, seed=0, data="data", prefix="", flags=(), denoiser=None):
+        """Arms with one first phase for denoised, nc and nct."""
+        base, denoiser = f"{prefix}{noise}", denoiser or f"denoiser-{noise}"
+        common = [*LENGTH, "--seed", seed, *flags]
+        if {"denoised", "nc", "nct"} & set(names):
+            add(f"{base}-phase1-seed{seed}", noise, "--arm", "phase1", *common, data=data, denoiser=denoiser,
+                probed=False)
+        for arm in names:
+            alone = arm in ("random", "noisy", "clean")
+            add(f"{base}-{arm}-seed{seed}", noise, "--arm", arm, *common, data=data,
+                denoiser=None if alone else denoiser, fork=None if alone else f"{base}-phase1-seed{seed}")
+
+    for rate in RATES:  # the same choice for every arm, on a quarter of train that is held out for it
+        for arm in ("noisy", "denoised", "clean"):
+            add(f"search-lr{rate}-{arm}", "gauss100", "--arm", arm, *LENGTH, "--lr", rate, data="search",
+                denoiser="denoiser-search" if arm == "denoised" else None)
+    for noise in ("gauss100", "gauss255"):
+        for seed in SEEDS:
+            arms(noise, ARMS, seed)
+    for noise in NOISES:
+        arms(noise, ("noisy", "nc", "nct"))
+
+    for noise in ("gauss100", "gauss255"):
+        base, own, first = [*LENGTH, "--seed", 0], f"denoiser-{noise}", f"{noise}-phase1-seed0"
+        before = None
+        for k in SWITCHES:  # one denoised run of EPOCHS, left at each switch
+            add(f"{noise}-denoised{k}", noise, *base, "--curriculum", f"denoised:{k}/{EPOCHS}", denoiser=own,
+                fork=before, probed=False)
+            before = f"{noise}-denoised{k}"
+            add(f"{noise}-switch{k}", noise, *base, "--curriculum", f"denoised:{k}/{EPOCHS},noisy:{EPOCHS - k}",
+                denoiser=own, fork=before)
+        for weight in ANCHORS:
+            add(f"{noise}-anchor{weight}", noise, *base, "--arm", "nct", "--anchor", weight, denoiser=own, fork=first)
+        add(f"{noise}-live", noise, *base, "--arm", "nct", "--anchor_head", "live", denoiser=own, fork=first)
+        add(f"{noise}-norestart", noise, *base, "--arm", "nc", "--restart", False, denoiser=own)
+        arms(noise, ("nc", "nct"), prefix="weak-", denoiser=f"denoiser-weak-{noise}")
+    # noise drawn anew at every reading: as many copies of each image, each with its own draw, and one epoch of them
+    once = ["--seed", 0, "--curriculum", "noisy:1", "--warmup_epochs", 0.2, "--freeze_last_epochs", 0]
+    add("gauss100-redrawn", "gauss100", *once, data="redrawn")
+    return runs
+
+
+# denoisers that are not trained by the preset on the data set itself: name -> noise, data, flags
+DENOISER = {"denoiser-search": ("gauss100", "search", []),
+            "denoiser-weak-gauss100": ("gauss100", "data", ["--epochs", "1"]),
+            "denoiser-weak-gauss255": ("gauss255", "data", ["--epochs", "1"]),
+            "denoiser-redrawn-gauss100": ("gauss100", "redrawn", ["--epochs", "1"])}
+
+
+# ==== running =======================================================================================================
+class Runner:
+    def __init__(self, args):
+        self.args, self.runs = args, plan()
+        self.out, self.results = Path(args.out), Path(args.results)
+
+    def call(self, *command):
+        """One stage; its output is shown. Gives the command as a reader would type it."""
+        command = [str(x) for x in command]
+        print("==", *command, flush=True)
+        code = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode
+        if code:
+            sys.exit(code)
+        return self.tidy(" ".join(["python", *command]))
+
+    def tidy(self, text):
+        """Without this machine's paths."""
+        for path, name in ((self.out, "OUT"), (self.args.kodak, "KODAK"), (self.args.data, "DATA"), (ROOT, ".")):
+            text = text.replace(str(path), name) if path else text
+        return text
+
+    def data(self, kind):
+        """The data set, or a folder of links to it: `search` holds a quarter of train out as its val; `redrawn` has
+        every training image EPOCHS times, which gives each copy a noise of its own."""
+        source, made = Path(self.args.data).resolve(), self.out / kind
+        if kind == "data":
+            return self.args.data
+        if not made.exists():
+            part = made.with_suffix(".part")
+            for path in sorted((source / "train").glob("*/*")):
+                k = int(c.digest([path.name]), 16)
+                names = [("val" if k % 4 == 0 else "train", path.name)] if kind == "search" else [
+                    ("train", f"{path.stem}-{i}{path.suffix}") for i in range(EPOCHS)]
+                for split, name in names:
+                    link = part / split / path.parent.name / name
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(path)
+            if kind == "redrawn":
+                (part / "val").unlink(missing_ok=True)
+                (part / "val").symlink_to(source / "val")
+            part.rename(made)
+        return made
+
+    def denoiser(self, name):
+        """(folder of the denoiser, of the denoised images, commands)."""
+        noise, kind, flags = DENOISER.get(name, (name.removeprefix("denoiser-"), "data", []))
+        folder, where = self.out / name, [*RECIPE, "--data", self.data(kind), "--noise", noise]
+        commands = [self.call("denoise.py", "train", *where, *flags, "--out", folder)]
+        self.save(name, {"quality": c.read_json(folder / "quality.json"), "config": c.read_json(folder / "config.json"),
+                         "seconds": c.read_log(folder / "log.jsonl")[-1]["seconds"], "commands": commands})
+        images = folder / "images"
+        if kind != "redrawn":
+            commands += [self.call("denoise.py", "apply", *where, "--denoiser", folder, "--out", images)]
+        return folder, images, commands
+
+    def pretrain(self, run):
+        """(folder of the finished run, flags that its probe needs, commands)."""
+        folder, commands, denoised = self.out / run.name, [], []
+        flags = [*RECIPE, "--data", self.data(run.data), "--noise", run.noise, *run.flags]
+        if run.denoiser:
+            unet, images, commands = self.denoiser(run.denoiser)
+            flags += ["--denoised", images]
+            if "denoised" in run.flags:  # the arm
+                denoised = ["--denoised", images, "--denoiser", unet]
+        if run.fork:
+            commands += self.pretrain(self.runs[run.fork])[2]
+            flags += ["--fork", self.out / run.fork / "checkpoint.pth"]
+        commands += [self.call("pretrain.py", *flags, "--out", folder)]
+        return folder, denoised, list(dict.fromkeys(commands))
+
+    def run(self, name):
+        run = self.runs[name]
+        folder, flags, commands = self.pretrain(run)
+        if not run.probed:
+            return
+        figures = self.out / f"{name}.json"
+        noise = "none" if "clean" in run.flags else run.noise  # the upper bound is probed on clean images, too
+        data = self.data("data" if run.data == "redrawn" else run.data)
+        if not figures.exists():
+            self.call("probe.py", *RECIPE, "--data", data, "--noise", noise, "--run", folder, "--out", figures, *flags)
+        log = c.read_log(folder / "log.jsonl")
+        monitors = [r for r in log if "entropy" in r][-1:]  # at the end of training
+        self.save(name, {**c.read_json(figures), "monitors": {k: r[k] for r in monitors for k in
+                         ("entropy", "kl", "cls_std", "rank", "dino", "ibot")}, "commands": commands})
+
+    def save(self, name, figures):
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.machine()])[0]
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        figures = {"name": name, "date": datetime.date.today().isoformat(), "torch": torch.__version__,
+                   "hardware": gpu or f"{torch.get_num_threads()} cores of {cpu}", **figures}
+        c.write_json(self.results / f"{name}.json", json.loads(self.tidy(json.dumps(figures))))
+
+    def kodak(self, noise):
+        """PSNR on photographs: denoisers trained on the data set and on the photographs themselves, and a blur."""
+        folder = c.Folder(self.args.kodak, "train", noise)
+        images = [(folder.read(i, "clean") / 255, folder.read(i)) for i in range(len(folder))]
+
+        def mean(function):
+            return round(float(np.mean([denoise.psnr(function(y) / 255.0, x) for x, y in images])), 3)
+
+        device = c.setup()
+        result = {"noisy": mean(lambda y: y)}
+        blurs = {r: mean(lambda y, r=r: np.asarray(Image.fromarray(y).filter(ImageFilter.GaussianBlur(r))))
+                 for r in (0.5, 0.75, 1, 1.25, 1.5, 2, 3)}
+        result["blur"], result["radius"] = max((v, k) for k, v in blurs.items())
+        commands = []
+        own = ["--epochs", "60", "--patch", "128"]
+        for name, where, flags in (("data", self.args.data, []), ("kodak", self.args.kodak, own)):
+            unet = self.out / f"denoiser-{noise}{'-kodak' * (name == 'kodak')}"
+            flags = [*RECIPE, "--data", where, "--noise", noise, *flags]
+            commands += [self.call("denoise.py", "train", *flags, "--out", unet)]
+            model, _ = denoise.load_denoiser(unet, device)
+            result[f"trained on {name}"] = mean(lambda y, model=model: denoise.denoise(
+                model, torch.from_numpy(y).permute(2, 0, 1)[None].to(device))[0].permute(1, 2, 0).cpu().numpy())
+        self.save(f"kodak-{noise}", {**result, "images": len(images), "commands": commands})
+
+    def cost(self):
+        """Inference, images/s: the backbone alone, and the denoiser before it; median of 7 turns."""
+        device = c.setup()
+        unet, _ = denoise.load_denoiser(self.out / "denoiser-gauss100", device)
+        model, config = probe.load_run(self.out / "gauss100-nct-seed0", device)
+        x, times = torch.randint(256, (64, 3, 64, 64), dtype=torch.uint8, device=device), {"alone": [], "denoiser": []}
+        for _ in range(8):
+            for name, y in (("alone", lambda: x), ("denoiser", lambda: denoise.denoise(unet, x))):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    float(model(y() / 255).sum())
+                times[name].append(time.perf_counter() - start)
+        rates = {k: round(64 / float(np.median(v[1:])), 1) for k, v in times.items()}
+        self.save("cost", {"images_s": rates, "pixels": 64, "arch": config["arch"], "patch_size": config["patch_size"]})
+
+    def everything(self):
+        """{name: function}, in order."""
+        jobs = {name: (lambda name=name: self.run(name)) for name in self.runs}
+        jobs |= {"denoiser-redrawn-gauss100": lambda: self.denoiser("denoiser-redrawn-gauss100"), "cost": self.cost}
+        if self.args.kodak:
+            jobs |= {f"kodak-{noise}": (lambda noise=noise: self.kodak(noise)) for noise in KODAK}
+        return jobs
+
+
+# ==== tables ========================================================================================================
+def cell(results, key, digits=1):
+    return probe.spread([r.get(key) for r in results], digits)
+
+
+def table(head, rows):
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows), ""]
+
+
+def tables(folder):
+    """README.md and robustness.png in the results' folder, from its files alone."""
+    all_ = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    for r in all_.values():
+        if "knn" in r:
+            r |= {"knn20": r["knn"]["20"], "minutes": r["summary"]["seconds"] / 60, "rank": r["monitors"].get("rank"),
+                  "entropy": r["monitors"].get("entropy")}
+    columns = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN", "cosine": "cosine to clean",
+               "minutes": "minutes", "rank": "effective rank", "entropy": "teacher entropy"}
+    text = ["# Experiments", "", "Made by `python tests/experiments.py` from the files beside it; mean ± standard "
+            "deviation over seeds where there are several.", ""]
+
+    def rows(names):
+        """[(label, [names of runs])] -> table of those that exist."""
+        found = [(label, [all_[n] for n in group if n in all_]) for label, group in names]
+        return table(["", "seeds", *columns.values()],
+                     [[label, str(len(r)), *(cell(r, k, 2 if k == "cosine" else 1) for k in columns)]
+                      for label, r in found if r])
+
+    curves = []
+    for noise in ("gauss100", "gauss255"):
+        groups = [(arm, [f"{noise}-{arm}-seed{s}" for s in SEEDS]) for arm in ARMS]
+        text += [f"## Arms, {noise}", "", *rows(groups)]
+        lines = {}
+        for arm, names in groups:
+            sweeps = [all_[n]["sweep"] for n in names if "sweep" in all_.get(n, {})]
+            if sweeps:
+                lines[arm] = [(s["strength"], float(np.mean([x[i]["linear"] for x in sweeps])))
+                              for i, s in enumerate(sweeps[0])]
+        if lines:
+            curves.append((f"{noise}: linear probe, % against test noise (1 = pretraining's)", lines))
+            strengths = [f"{x:g} x" for x, _ in next(iter(lines.values()))]
+            text += ["Linear probe under other test noise, relative to pretraining's:", "",
+                     *table(["", *strengths], [[arm, *(f"{y:.1f}" for _, y in p)] for arm, p in lines.items()])]
+    text += ["## Other noises", "", *rows([(f"{noise} {arm}", [f"{noise}-{arm}-seed0"]) for noise in NOISES
+                                          for arm in ("noisy", "nc", "nct")])]
+    for noise in ("gauss100", "gauss255"):
+        seed0 = [(f"{arm}, as above", [f"{noise}-{arm}-seed0"]) for arm in ("noisy", "nc", "nct")]
+        part = [(f"switch at epoch {k} of {EPOCHS}, nc", [f"{noise}-switch{k}"]) for k in SWITCHES]
+        part += [("nc without restart", [f"{noise}-norestart"]), ("nct, live head", [f"{noise}-live"])]
+        part += [(f"nct, anchor {w}", [f"{noise}-anchor{w}"]) for w in ANCHORS]
+        part += [(f"{arm}, denoiser of one epoch", [f"weak-{noise}-{arm}-seed0"]) for arm in ("nc", "nct")]
+        part += [("noisy, noise redrawn every epoch", [f"{noise}-redrawn"])]
+        if any(n in all_ for _, group in part for n in group):
+            text += [f"## Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor 4, frozen head unless said)", "",
+                     *rows(seed0 + part)]
+    text += ["## Search, gauss100, on a held-out quarter of train", "",
+             *rows([(f"{arm}, rate {r}", [f"search-lr{r}-{arm}"])
+                    for arm in ("noisy", "denoised", "clean") for r in RATES])]
+    found = {k: r for k, r in all_.items() if k.startswith("denoiser-")}
+    text += ["## Denoisers: PSNR in dB on val", "", *table(
+        ["", "noisy", "denoised", "noisy, of E[noisy]", "denoised, of E[noisy]", "minutes"],
+        [[k.removeprefix("denoiser-"), *(f"{r['quality'][q]:.2f}" for q in (
+            "noisy_clean", "denoised_clean", "noisy_expected", "denoised_expected")), f"{r['seconds'] / 60:.1f}"]
+         for k, r in found.items()])]
+    found = [(noise, all_[f"kodak-{noise}"]) for noise in KODAK if f"kodak-{noise}" in all_]
+    names = ("noisy", "blur", "trained on data", "trained on kodak")
+    text += ["## Kodak: PSNR in dB", "", *table(["", *names], [[n, *(f"{r[k]:.2f}" for k in names)] for n, r in found])]
+    if "cost" in all_:
+        rates = all_["cost"]["images_s"]
+        text += ["## Inference", "", f"{rates['alone']:.0f} images/s by the backbone alone, {rates['denoiser']:.0f} "
+                 "through the denoiser first.", ""]
+    if curves:
+        probe.chart(curves).save(folder / "robustness.png")
+        text += ["![robustness](robustness.png)"]
+    (folder / "README.md").write_text("\n".join(text).rstrip() + "\n")
+    print("\n".join(text))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it only tables are made")
+    parser.add_argument("--kodak", help="flat folder of clean photographs")
+    parser.add_argument("--out", default="runs/experiments", help="checkpoints and denoised images")
+    parser.add_argument("--results", default=str(ROOT / "results" / "experiments"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these, and what they need")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    runner = Runner(args)
+    jobs = runner.everything()
+    if unknown := set(args.only) - set(jobs):
+        parser.error(f"--only {sorted(unknown)[0]}: no such experiment; --list names them")
+    if args.list:
+        return print("\n".join(jobs))
+    for name in args.only or jobs if args.data else ():
+        if not (runner.results / f"{name}.json").exists():
+            jobs[name]()
+    tables(runner.results)
+
+
+if __name__ == "__main__":
+    c.run(main)
