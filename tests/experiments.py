@@ -84,7 +84,7 @@ def plan():
         for weight in ANCHORS:
             add(f"{noise}-anchor{weight}", noise, *base, "--arm", "nct", "--anchor", weight, denoiser=own, fork=first)
         add(f"{noise}-live", noise, *base, "--arm", "nct", "--anchor_head", "live", denoiser=own, fork=first)
-        add(f"{noise}-norestart", noise, *base, "--arm", "nc", "--restart", False, denoiser=own)
+        add(f"{noise}-norestart", noise, *base, "--arm", "nc", "--no-restart", denoiser=own)
         arms(noise, ("nc", "nct"), prefix="weak-", denoiser=f"denoiser-weak-{noise}")
     # noise drawn anew at every reading: as many copies of each image, each with its own draw, and one epoch of them
     once = ["--seed", 0, "--curriculum", "noisy:1", "--warmup_epochs", 0.2, "--freeze_last_epochs", 0]
@@ -319,7 +319,7 @@ def tables(folder):
     print("\n".join(text))
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with train/<class>/ and val/<class>/; without it only tables are made")
     parser.add_argument("--kodak", help="flat folder of clean photographs")
@@ -327,11 +327,15 @@ def main():
     parser.add_argument("--results", default=str(ROOT / "results" / "experiments"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these, and what they need")
     parser.add_argument("--list", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
     runner = Runner(args)
     jobs = runner.everything()
     if unknown := set(args.only) - set(jobs):
-        parser.error(f"--only {sorted(unknown)[0]}: no such experiment; --list names them")
+        raise c.UserError(f"--only {sorted(unknown)[0]}: no such experiment; --list names them")
     if args.list:
         return print("\n".join(jobs))
     for name in args.only or jobs if args.data else ():
