@@ -204,6 +204,7 @@ case " $* " in
   *" venv "*) mkdir -p "{tmp_path}/.venv/bin"; cp "$0" "{tmp_path}/.venv/bin/python" ;;
 esac
 echo "$*" >>"{tmp_path}/ran"
+echo "$(basename "$1") $GLIBC_TUNABLES" >>"{tmp_path}/tunables"
 """)
     (tmp_path / "bin/python3").chmod(0o755)
     done = subprocess.run(["bash", str(tmp_path / "run.sh"), *flags], capture_output=True, text=True, cwd=tmp_path,
@@ -273,6 +274,17 @@ def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -- "
     assert ran[1:-1] == [launch + pretraining("noisy", ""), launch + probing("noisy"),
                          launch + pretraining("noisy", "", 3), launch + probing("noisy", seed=3)]
+
+
+@pytest.mark.parametrize("own, shared", [(None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.perturb=0",) * 2])
+def test_pretraining_alone_keeps_freed_memory_and_a_users_own_settings_stay(tmp_path, monkeypatch, own, shared):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    calls(tmp_path, "--preset", "tiny", "--arms", "nc")
+    kept = f"{shared}:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+    assert set((tmp_path / "tunables").read_text().splitlines()) == {
+        f"denoise.py {shared}", f"pretrain.py {kept}", f"probe.py {shared}"}
 
 
 # ======================================================================================================
