@@ -28,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common as c
 import denoise
+import pretrain
 import probe
 
 ROOT = Path(__file__).parents[1]
-EPOCHS, SWITCH = 10, 6
+EPOCHS, SWITCH = (pretrain.PRESETS["tiny"][k] for k in ("epochs", "switch"))
 ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
 RECIPE = ["--preset", "tiny"]  # of all three stages
-LENGTH = ["--epochs", str(EPOCHS), "--switch", str(SWITCH)]
+PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 20 --switch 12")  # as long by the clock
 RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008), (3, 5, 7, 9), (0.5, 1, 2), (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
 KODAK = ("gauss25", "gauss50")
@@ -53,7 +54,7 @@ def plan():
     def arms(noise, names, seed=0, data="data", prefix="", flags=(), denoiser=None):
         """Arms with one first phase for denoised, nc and nct."""
         base, denoiser = f"{prefix}{noise}", denoiser or f"denoiser-{noise}"
-        common = [*LENGTH, "--seed", seed, *flags]
+        common = ["--seed", seed, *flags]
         if {"denoised", "nc", "nct"} & set(names):
             add(f"{base}-phase1-seed{seed}", noise, "--arm", "phase1", *common, data=data, denoiser=denoiser,
                 probed=False)
@@ -62,18 +63,21 @@ def plan():
             add(f"{base}-{arm}-seed{seed}", noise, "--arm", arm, *common, data=data,
                 denoiser=None if alone else denoiser, fork=None if alone else f"{base}-phase1-seed{seed}")
 
-    for rate in RATES:  # the same choice for every arm, on a quarter of train that is held out for it
-        for arm in ("noisy", "denoised", "clean"):
-            add(f"search-lr{rate}-{arm}", "gauss100", "--arm", arm, *LENGTH, "--lr", rate, data="search",
-                denoiser="denoiser-search" if arm == "denoised" else None)
+    # the same choice for every arm, on a quarter of train that is held out for it
+    for patch, flags in (("", []), ("patch16-", PATCH16)):
+        for rate in RATES:
+            for arm in ("noisy", "denoised", "clean"):
+                add(f"search-{patch}lr{rate}-{arm}", "gauss100", "--arm", arm, *flags, "--lr", rate, data="search",
+                    denoiser="denoiser-search" if arm == "denoised" else None)
     for noise in ("gauss100", "gauss255"):
         for seed in SEEDS:
             arms(noise, ARMS, seed)
+        arms(noise, ("noisy", "nc", "nct", "denoised"), prefix="patch16-", flags=PATCH16, denoiser=f"denoiser-{noise}")
     for noise in NOISES:
         arms(noise, ("noisy", "nc", "nct"))
 
     for noise in ("gauss100", "gauss255"):
-        base, own, first = [*LENGTH, "--seed", 0], f"denoiser-{noise}", f"{noise}-phase1-seed0"
+        base, own, first = ["--seed", 0], f"denoiser-{noise}", f"{noise}-phase1-seed0"
         before = None
         for k in SWITCHES:  # one denoised run of EPOCHS, left at each switch
             add(f"{noise}-denoised{k}", noise, *base, "--curriculum", f"denoised:{k}/{EPOCHS}", denoiser=own,
@@ -293,12 +297,14 @@ def tables(folder):
         part += [(f"nct, anchor {w}", [f"{noise}-anchor{w}"]) for w in ANCHORS]
         part += [(f"{arm}, denoiser of one epoch", [f"weak-{noise}-{arm}-seed0"]) for arm in ("nc", "nct")]
         part += [("noisy, noise redrawn every epoch", [f"{noise}-redrawn"])]
+        part += [(f"{arm}, patches of 16, 20 epochs", [f"patch16-{noise}-{arm}-seed0"]) for arm in (
+            "noisy", "nc", "nct", "denoised")]
         if any(n in all_ for _, group in part for n in group):
             text += [f"## Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor 4, frozen head unless said)", "",
                      *rows(seed0 + part)]
     text += ["## Search, gauss100, on a held-out quarter of train", "",
-             *rows([(f"{arm}, rate {r}", [f"search-lr{r}-{arm}"])
-                    for arm in ("noisy", "denoised", "clean") for r in RATES])]
+             *rows([(f"{arm}, rate {r}{text}", [f"search-{patch}lr{r}-{arm}"]) for arm in ("noisy", "denoised", "clean")
+                    for patch, text in (("", ""), ("patch16-", ", patches of 16, 20 epochs")) for r in RATES])]
     found = {k: r for k, r in all_.items() if k.startswith("denoiser-")}
     text += ["## Denoisers: PSNR in dB on val", "", *table(
         ["", "noisy", "denoised", "noisy, of E[noisy]", "denoised, of E[noisy]", "minutes"],
