@@ -755,7 +755,6 @@ def setup(device="auto"):
         if int(device[5:]) >= (count := torch.cuda.device_count()):
             raise UserError(f"--device {device}: this machine has {count} CUDA devices; use cpu, or fewer processes")
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)

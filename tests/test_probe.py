@@ -332,6 +332,15 @@ def test_first_view_is_the_central_crop_and_the_others_are_random_but_reproducib
     assert different.all() and (views[1] - views[2]).abs().max() > 1e-3
 
 
+def test_each_image_goes_through_the_backbone_once_per_view_and_test_noise(small, monkeypatch):
+    """36 training images in 3 views, 24 of val under each of the sweep's noises; heads, k-NN and retrieval add none."""
+    seen, embed = [], probe.Features.embed
+    monkeypatch.setattr(probe.Features, "embed", lambda self, x: (seen.append(len(x)), embed(self, x))[1])
+    argv = ["--data", small[0], "--run", small[1], "--out", "-", *QUICK, "--noise", "gauss50", "--views", 2]
+    probe.evaluate(probe.read_config(list(map(str, argv))), CPU)
+    assert sum(seen) == 36 * 3 + 24 * len(probe.sweep_specs("gauss50"))
+
+
 def test_result_holds_every_figure_and_each_is_the_figure_of_its_features(small, result):
     stage = features(small, "--noise", "gauss50")
     train, val = stage.folder("train", "gauss50"), stage.folder("val", "gauss50")
