@@ -138,9 +138,9 @@ def environment(name):
     """The variables that run.sh sets for a stage."""
     script = Path(ROOT / "run.sh").read_text()
     exports = "\n".join(re.findall(r"^(?:export|keep=).*", script, re.M))
-    last = "GLIBC_TUNABLES=$keep env" if name == "pretrain.py" else "env -0"
+    last = "GLIBC_TUNABLES=$keep env -0" if name == "pretrain.py" else "env -0"
     text = subprocess.run(["bash", "-c", f"{exports}\n{last}"], capture_output=True, text=True, check=True).stdout
-    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return dict(line.split("=", 1) for line in text.split("\0") if line)
 
 
 def stage(name, *argv):
