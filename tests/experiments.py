@@ -250,8 +250,10 @@ def cell(results, key, digits=1):
     return probe.spread([r.get(key) for r in results], digits)
 
 
-def table(head, rows):
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows), ""]
+def table(head, rows, title=None):
+    """Lines of a markdown table below its title; none where there are no rows."""
+    lines = ["| " + " | ".join(r) + " |" for r in (head, *rows)]
+    return [*([f"## {title}", ""] if title else []), lines[0], "|---" * len(head) + "|", *lines[1:], ""] if rows else []
 
 
 def tables(folder):
@@ -266,17 +268,17 @@ def tables(folder):
     text = ["# Experiments", "", "Made by `python tests/experiments.py` from the files beside it; mean ± standard "
             "deviation over seeds where there are several.", ""]
 
-    def rows(names):
+    def rows(title, names):
         """[(label, [names of runs])] -> table of those that exist."""
         found = [(label, [all_[n] for n in group if n in all_]) for label, group in names]
         return table(["", "seeds", *columns.values()],
                      [[label, str(len(r)), *(cell(r, k, 2 if k == "cosine" else 1) for k in columns)]
-                      for label, r in found if r])
+                      for label, r in found if r], title)
 
     curves = []
     for noise in ("gauss100", "gauss255"):
         groups = [(arm, [f"{noise}-{arm}-seed{s}" for s in SEEDS]) for arm in ARMS]
-        text += [f"## Arms, {noise}", "", *rows(groups)]
+        text += rows(f"Arms, {noise}", groups)
         lines = {}
         for arm, names in groups:
             sweeps = [all_[n]["sweep"] for n in names if "sweep" in all_.get(n, {})]
@@ -288,8 +290,8 @@ def tables(folder):
             strengths = [f"{x:g} x" for x, _ in next(iter(lines.values()))]
             text += ["Linear probe under other test noise, relative to pretraining's:", "",
                      *table(["", *strengths], [[arm, *(f"{y:.1f}" for _, y in p)] for arm, p in lines.items()])]
-    text += ["## Other noises", "", *rows([(f"{noise} {arm}", [f"{noise}-{arm}-seed0"]) for noise in NOISES
-                                          for arm in ("noisy", "nc", "nct")])]
+    text += rows("Other noises", [(f"{noise} {arm}", [f"{noise}-{arm}-seed0"]) for noise in NOISES
+                                  for arm in ("noisy", "nc", "nct")])
     for noise in ("gauss100", "gauss255"):
         seed0 = [(f"{arm}, as above", [f"{noise}-{arm}-seed0"]) for arm in ("noisy", "nc", "nct")]
         part = [(f"switch at epoch {k} of {EPOCHS}, nc", [f"{noise}-switch{k}"]) for k in SWITCHES]
@@ -300,20 +302,20 @@ def tables(folder):
         part += [(f"{arm}, patches of 16, 20 epochs", [f"patch16-{noise}-{arm}-seed0"]) for arm in (
             "noisy", "nc", "nct", "denoised")]
         if any(n in all_ for _, group in part for n in group):
-            text += [f"## Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor 4, frozen head unless said)", "",
-                     *rows(seed0 + part)]
-    text += ["## Search, gauss100, on a held-out quarter of train", "",
-             *rows([(f"{arm}, rate {r}{text}", [f"search-{patch}lr{r}-{arm}"]) for arm in ("noisy", "denoised", "clean")
-                    for patch, text in (("", ""), ("patch16-", ", patches of 16, 20 epochs")) for r in RATES])]
+            title = f"Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor 4, frozen head unless said)"
+            text += rows(title, seed0 + part)
+    text += rows("Search, gauss100, on a held-out quarter of train", [
+        (f"{arm}, rate {r}{said}", [f"search-{patch}lr{r}-{arm}"]) for arm in ("noisy", "denoised", "clean")
+        for patch, said in (("", ""), ("patch16-", ", patches of 16, 20 epochs")) for r in RATES])
     found = {k: r for k, r in all_.items() if k.startswith("denoiser-")}
-    text += ["## Denoisers: PSNR in dB on val", "", *table(
+    text += table(
         ["", "noisy", "denoised", "noisy, of E[noisy]", "denoised, of E[noisy]", "minutes"],
         [[k.removeprefix("denoiser-"), *(f"{r['quality'][q]:.2f}" for q in (
             "noisy_clean", "denoised_clean", "noisy_expected", "denoised_expected")), f"{r['seconds'] / 60:.1f}"]
-         for k, r in found.items()])]
+         for k, r in found.items()], "Denoisers: PSNR in dB on val")
     found = [(noise, all_[f"kodak-{noise}"]) for noise in KODAK if f"kodak-{noise}" in all_]
     names = ("noisy", "blur", "trained on data", "trained on kodak")
-    text += ["## Kodak: PSNR in dB", "", *table(["", *names], [[n, *(f"{r[k]:.2f}" for k in names)] for n, r in found])]
+    text += table(["", *names], [[n, *(f"{r[k]:.2f}" for k in names)] for n, r in found], "Kodak: PSNR in dB")
     if "cost" in all_:
         rates = all_["cost"]["images_s"]
         text += ["## Inference", "", f"{rates['alone']:.0f} images/s by the backbone alone, {rates['denoiser']:.0f} "
