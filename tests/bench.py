@@ -136,7 +136,7 @@ def quiet():
 
 def environment(name):
     """The variables that run.sh sets for a stage."""
-    script = Path(ROOT / "run.sh").read_text()
+    script = (ROOT / "run.sh").read_text()
     exports = "\n".join(re.findall(r"^(?:export|keep=).*", script, re.M))
     last = "GLIBC_TUNABLES=$keep env -0" if name == "pretrain.py" else "env -0"
     text = subprocess.run(["bash", "-c", f"{exports}\n{last}"], capture_output=True, text=True, check=True).stdout

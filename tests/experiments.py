@@ -11,6 +11,7 @@ not run again, and an interrupted run goes on.
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 import re
@@ -100,7 +101,8 @@ def plan():
 DENOISER = {"denoiser-search": ("gauss100", "search", []),
             "denoiser-weak-gauss100": ("gauss100", "data", ["--epochs", "1"]),
             "denoiser-weak-gauss255": ("gauss255", "data", ["--epochs", "1"]),
-            "denoiser-redrawn-gauss100": ("gauss100", "redrawn", ["--epochs", "1"])}
+            "denoiser-redrawn-gauss100": ("gauss100", "redrawn", ["--epochs", "1"]),
+            **{f"denoiser-{noise}-kodak": (noise, "kodak", ["--epochs", "60", "--patch", "128"]) for noise in KODAK}}
 
 
 # ==== running =======================================================================================================
@@ -108,6 +110,8 @@ class Runner:
     def __init__(self, args):
         self.args, self.runs = args, plan()
         self.out, self.results = Path(args.out), Path(args.results)
+        # many runs share a denoiser and a first phase: each is asked for once
+        self.denoiser, self.pretrain = functools.cache(self.denoiser), functools.cache(self.pretrain)
 
     def call(self, *command):
         """One stage; its output is shown. Gives the command as a reader would type it."""
@@ -128,8 +132,8 @@ class Runner:
         """The data set, or a folder of links to it: `search` holds a quarter of train out as its val; `redrawn` has
         every training image EPOCHS times, which gives each copy a noise of its own."""
         source, made = Path(self.args.data).resolve(), self.out / kind
-        if kind == "data":
-            return self.args.data
+        if kind in ("data", "kodak"):
+            return getattr(self.args, kind)
         if not made.exists():
             part = made.with_suffix(".part")
             for path in sorted((source / "train").glob("*/*")):
@@ -152,33 +156,34 @@ class Runner:
         noise, kind, flags = DENOISER.get(name, (name.removeprefix("denoiser-"), "data", []))
         folder, where = self.out / name, [*RECIPE, "--data", self.data(kind), "--noise", noise]
         commands = [self.call("denoise.py", "train", *where, *flags, "--out", folder)]
-        self.save(name, {"quality": c.read_json(folder / "quality.json"), "config": c.read_json(folder / "config.json"),
-                         "seconds": c.read_log(folder / "log.jsonl")[-1]["seconds"], "commands": commands})
+        if not (self.results / f"{name}.json").exists():
+            self.save(name, {"quality": c.read_json(folder / "quality.json"), "commands": list(commands), "seconds":
+                      c.read_log(folder / "log.jsonl")[-1]["seconds"], "config": c.read_json(folder / "config.json")})
         images = folder / "images"
-        if kind != "redrawn":
+        if kind in ("data", "search"):
             commands += [self.call("denoise.py", "apply", *where, "--denoiser", folder, "--out", images)]
         return folder, images, commands
 
-    def pretrain(self, run):
+    def pretrain(self, name):
         """(folder of the finished run, flags that its probe needs, commands)."""
-        folder, commands, denoised = self.out / run.name, [], []
+        run, commands, denoised = self.runs[name], [], []
+        folder = self.out / name
         flags = [*RECIPE, "--data", self.data(run.data), "--noise", run.noise, *run.flags]
         if run.denoiser:
-            unet, images, commands = self.denoiser(run.denoiser)
+            unet, images, made = self.denoiser(run.denoiser)
+            commands += made
             flags += ["--denoised", images]
             if "denoised" in run.flags:  # the arm
                 denoised = ["--denoised", images, "--denoiser", unet]
         if run.fork:
-            commands += self.pretrain(self.runs[run.fork])[2]
+            commands += self.pretrain(run.fork)[2]
             flags += ["--fork", self.out / run.fork / "checkpoint.pth"]
         commands += [self.call("pretrain.py", *flags, "--out", folder)]
         return folder, denoised, list(dict.fromkeys(commands))
 
     def run(self, name):
         run = self.runs[name]
-        folder, flags, commands = self.pretrain(run)
-        if not run.probed:
-            return
+        folder, flags, commands = self.pretrain(name)
         figures = self.out / f"{name}.json"
         noise = "none" if "clean" in run.flags else run.noise  # the upper bound is probed on clean images, too
         data = self.data("data" if run.data == "redrawn" else run.data)
@@ -211,11 +216,9 @@ class Runner:
                  for r in (0.5, 0.75, 1, 1.25, 1.5, 2, 3)}
         result["blur"], result["radius"] = max((v, k) for k, v in blurs.items())
         commands = []
-        own = ["--epochs", "60", "--patch", "128"]
-        for name, where, flags in (("data", self.args.data, []), ("kodak", self.args.kodak, own)):
-            unet = self.out / f"denoiser-{noise}{'-kodak' * (name == 'kodak')}"
-            flags = [*RECIPE, "--data", where, "--noise", noise, *flags]
-            commands += [self.call("denoise.py", "train", *flags, "--out", unet)]
+        for name, denoiser in (("data", f"denoiser-{noise}"), ("kodak", f"denoiser-{noise}-kodak")):
+            unet, _, made = self.denoiser(denoiser)
+            commands += made
             model, _ = denoise.load_denoiser(unet, device)
             result[f"trained on {name}"] = mean(lambda y, model=model: denoise.denoise(
                 model, torch.from_numpy(y).permute(2, 0, 1)[None].to(device))[0].permute(1, 2, 0).cpu().numpy())
@@ -224,8 +227,8 @@ class Runner:
     def cost(self):
         """Inference, images/s: the backbone alone, and the denoiser before it; median of 7 turns."""
         device = c.setup()
-        unet, _ = denoise.load_denoiser(self.out / "denoiser-gauss100", device)
-        model, config = probe.load_run(self.out / "gauss100-nct-seed0", device)
+        unet, _ = denoise.load_denoiser(self.denoiser("denoiser-gauss100")[0], device)
+        model, config = probe.load_run(self.pretrain("gauss100-nct-seed0")[0], device)
         x, times = torch.randint(256, (64, 3, 64, 64), dtype=torch.uint8, device=device), {"alone": [], "denoiser": []}
         for _ in range(8):
             for name, y in (("alone", lambda: x), ("denoiser", lambda: denoise.denoise(unet, x))):
@@ -238,7 +241,7 @@ class Runner:
 
     def everything(self):
         """{name: function}, in order."""
-        jobs = {name: (lambda name=name: self.run(name)) for name in self.runs}
+        jobs = {name: (lambda name=name: self.run(name)) for name, run in self.runs.items() if run.probed}
         jobs |= {"denoiser-redrawn-gauss100": lambda: self.denoiser("denoiser-redrawn-gauss100"), "cost": self.cost}
         if self.args.kodak:
             jobs |= {f"kodak-{noise}": (lambda noise=noise: self.kodak(noise)) for noise in KODAK}
@@ -246,10 +249,6 @@ class Runner:
 
 
 # ==== tables ========================================================================================================
-def cell(results, key, digits=1):
-    return probe.spread([r.get(key) for r in results], digits)
-
-
 def table(head, rows, title=None):
     """Lines of a markdown table below its title; none where there are no rows."""
     lines = ["| " + " | ".join(r) + " |" for r in (head, *rows)]
@@ -272,7 +271,7 @@ def tables(folder):
         """[(label, [names of runs])] -> table of those that exist."""
         found = [(label, [all_[n] for n in group if n in all_]) for label, group in names]
         return table(["", "seeds", *columns.values()],
-                     [[label, str(len(r)), *(cell(r, k, 2 if k == "cosine" else 1) for k in columns)]
+                     [[label, str(len(r)), *(probe.spread([x.get(k) for x in r], 1 + (k == "cosine")) for k in columns)]
                       for label, r in found if r], title)
 
     curves = []

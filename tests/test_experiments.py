@@ -37,8 +37,7 @@ def test_every_command_of_the_plan_is_one_that_its_stage_accepts(runner):
 
 def test_every_fork_is_a_beginning_of_its_run(runner):
     def phases(name):
-        runner.calls.clear()
-        runner.run(name)
+        runner.pretrain(name)
         return pretrain.parse_curriculum(pretrain.read_config(
             next(c[1:] for c in runner.calls if c[0] == "pretrain.py" and c[-1].endswith(name))).curriculum)
 
