@@ -12,6 +12,7 @@ not run again, and an interrupted run goes on.
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import platform
 import re
@@ -40,6 +41,7 @@ PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 2
 RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008), (3, 5, 7, 9), (0.5, 1, 2), (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
 KODAK = ("gauss25", "gauss50")
+GAPS = (("nc", "noisy"), ("nct", "nc"), ("nct", "denoised"))  # compared seed by seed
 
 
 # ==== the plan: name -> what it takes ===============================================================================
@@ -72,7 +74,7 @@ def plan():
                     denoiser="denoiser-search" if arm == "denoised" else None)
     for noise in ("gauss100", "gauss255"):
         for seed in SEEDS:
-            arms(noise, ARMS, seed)
+            arms(noise, [arm for arm in ARMS if (arm, noise) != ("clean", "gauss255")], seed)  # no noise in it
         arms(noise, ("noisy", "nc", "nct", "denoised"), prefix="patch16-", flags=PATCH16, denoiser=f"denoiser-{noise}")
     for noise in NOISES:
         arms(noise, ("noisy", "nc", "nct"))
@@ -276,7 +278,13 @@ def tables(folder):
 
     curves = []
     for noise in ("gauss100", "gauss255"):
-        groups = [(arm, [f"{noise}-{arm}-seed{s}" for s in SEEDS]) for arm in ARMS]
+        for (a, b), seed in itertools.product(GAPS, SEEDS):
+            x, y = (all_.get(f"{noise}-{arm}-seed{seed}") for arm in (a, b))
+            if x and y:
+                all_[f"{noise}-{a} less {b}-seed{seed}"] = {
+                    k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "cosine")}
+        groups = [(arm, [f"{'gauss100' if arm == 'clean' else noise}-{arm}-seed{s}" for s in SEEDS])
+                  for arm in (*ARMS, *(f"{a} less {b}" for a, b in GAPS))]
         text += rows(f"Arms, {noise}", groups)
         lines = {}
         for arm, names in groups:

@@ -77,6 +77,13 @@ def test_tables_give_mean_and_deviation_over_seeds(tmp_path):
     assert (tmp_path / "robustness.png").exists()
 
 
+def test_every_row_of_the_readme_is_one_of_the_tables_made_of_the_results():
+    tables, text = ((experiments.ROOT / p).read_text() for p in ("results/experiments/README.md", "README.md"))
+    section = text.split("\n## Experiments")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|") and line.count("|") > 3]
+    assert len(rows) > 10 and set(rows) <= set(tables.splitlines())
+
+
 def test_results_name_no_path_of_this_machine(runner):
     text = json.dumps([f"{runner.out}/a {runner.args.data}/train", str(experiments.ROOT / "x")])
     assert json.loads(runner.tidy(text)) == ["OUT/a DATA/train", "./x"]
