@@ -40,6 +40,7 @@ RECIPE = ["--preset", "tiny"]  # of all three stages
 PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 20 --switch 12")  # as long by the clock
 RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008), (3, 5, 7, 9), (0.5, 1, 2), (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
+LONG = SWITCH + 3 * (EPOCHS - SWITCH)
 KODAK = ("gauss25", "gauss50")
 GAPS = (("nc", "noisy"), ("nct", "nc"), ("nct", "denoised"))  # compared seed by seed
 
@@ -93,6 +94,11 @@ def plan():
         add(f"{noise}-live", noise, *base, "--arm", "nct", "--anchor_head", "live", denoiser=own, fork=first)
         add(f"{noise}-norestart", noise, *base, "--arm", "nc", "--no-restart", denoiser=own)
         arms(noise, ("nc", "nct"), prefix="weak-", denoiser=f"denoiser-weak-{noise}")
+        # three times the noisy phase, and the baseline that is as long
+        long = f"denoised:{SWITCH}/{EPOCHS},noisy:{LONG - SWITCH}"
+        add(f"{noise}-long-noisy", noise, *base, "--curriculum", f"noisy:{LONG}")
+        add(f"{noise}-long-nc", noise, *base, "--curriculum", long, denoiser=own, fork=first)
+        add(f"{noise}-long-nct", noise, *base, "--curriculum", long, "--anchor", 4, denoiser=own, fork=first)
     # noise drawn anew at every reading: as many copies of each image, each with its own draw, and one epoch of them
     once = ["--seed", 0, "--curriculum", "noisy:1", "--warmup_epochs", 0.2, "--freeze_last_epochs", 0]
     add("gauss100-redrawn", "gauss100", *once, data="redrawn")
@@ -305,6 +311,7 @@ def tables(folder):
         part += [("nc without restart", [f"{noise}-norestart"]), ("nct, live head", [f"{noise}-live"])]
         part += [(f"nct, anchor {w}", [f"{noise}-anchor{w}"]) for w in ANCHORS]
         part += [(f"{arm}, denoiser of one epoch", [f"weak-{noise}-{arm}-seed0"]) for arm in ("nc", "nct")]
+        part += [(f"{arm}, {LONG} epochs", [f"{noise}-long-{arm}"]) for arm in ("noisy", "nc", "nct")]
         part += [("noisy, noise redrawn every epoch", [f"{noise}-redrawn"])]
         part += [(f"{arm}, patches of 16, 20 epochs", [f"patch16-{noise}-{arm}-seed0"]) for arm in (
             "noisy", "nc", "nct", "denoised")]
