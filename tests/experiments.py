@@ -110,7 +110,7 @@ DENOISER = {"denoiser-search": ("gauss100", "search", []),
             "denoiser-weak-gauss100": ("gauss100", "data", ["--epochs", "1"]),
             "denoiser-weak-gauss255": ("gauss255", "data", ["--epochs", "1"]),
             "denoiser-redrawn-gauss100": ("gauss100", "redrawn", ["--epochs", "1"]),
-            **{f"denoiser-{noise}-kodak": (noise, "kodak", ["--epochs", "60", "--patch", "128"]) for noise in KODAK}}
+            **{f"denoiser-{noise}-kodak": (noise, "kodak", ["--epochs", "800", "--patch", "64"]) for noise in KODAK}}
 
 
 # ==== running =======================================================================================================
