@@ -87,3 +87,8 @@ def test_every_row_of_the_readme_is_one_of_the_tables_made_of_the_results():
 def test_results_name_no_path_of_this_machine(runner):
     text = json.dumps([f"{runner.out}/a {runner.args.data}/train", str(experiments.ROOT / "x")])
     assert json.loads(runner.tidy(text)) == ["OUT/a DATA/train", "./x"]
+
+
+def test_no_result_that_is_kept_names_a_path_of_a_machine():
+    found = [p for p in (experiments.ROOT / "results").rglob("*.json") if '"/' in p.read_text()]
+    assert not found and list((experiments.ROOT / "results").rglob("*.json"))
