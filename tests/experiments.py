@@ -35,6 +35,7 @@ import probe
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, SWITCH = (pretrain.PRESETS["tiny"][k] for k in ("epochs", "switch"))
+ANCHOR = f"{pretrain.ANCHORS['tiny']['none']:g}"
 ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
 RECIPE = ["--preset", "tiny"]  # of all three stages
 PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 20 --switch 12")  # as long by the clock
@@ -98,7 +99,7 @@ def plan():
         long = f"denoised:{SWITCH}/{EPOCHS},noisy:{LONG - SWITCH}"
         add(f"{noise}-long-noisy", noise, *base, "--curriculum", f"noisy:{LONG}")
         add(f"{noise}-long-nc", noise, *base, "--curriculum", long, denoiser=own, fork=first)
-        add(f"{noise}-long-nct", noise, *base, "--curriculum", long, "--anchor", 4, denoiser=own, fork=first)
+        add(f"{noise}-long-nct", noise, *base, "--curriculum", long, "--anchor", ANCHOR, denoiser=own, fork=first)
     # noise drawn anew at every reading: as many copies of each image, each with its own draw, and one epoch of them
     once = ["--seed", 0, "--curriculum", "noisy:1", "--warmup_epochs", 0.2, "--freeze_last_epochs", 0]
     add("gauss100-redrawn", "gauss100", *once, data="redrawn")
@@ -316,7 +317,7 @@ def tables(folder):
         part += [(f"{arm}, patches of 16, 20 epochs", [f"patch16-{noise}-{arm}-seed0"]) for arm in (
             "noisy", "nc", "nct", "denoised")]
         if any(n in all_ for _, group in part for n in group):
-            title = f"Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor 4, frozen head unless said)"
+            title = f"Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor {ANCHOR}, frozen head unless said)"
             text += rows(title, seed0 + part)
     text += rows("Search, gauss100, on a held-out quarter of train", [
         (f"{arm}, rate {r}{said}", [f"search-{patch}lr{r}-{arm}"]) for arm in ("noisy", "denoised", "clean")
