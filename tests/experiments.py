@@ -95,11 +95,15 @@ def plan():
         add(f"{noise}-live", noise, *base, "--arm", "nct", "--anchor_head", "live", denoiser=own, fork=first)
         add(f"{noise}-norestart", noise, *base, "--arm", "nc", "--no-restart", denoiser=own)
         arms(noise, ("nc", "nct"), prefix="weak-", denoiser=f"denoiser-weak-{noise}")
-        # three times the noisy phase, and the baseline that is as long
+        # three times the noisy phase, and the other arms as long; seeds where it is the best recipe
         long = f"denoised:{SWITCH}/{EPOCHS},noisy:{LONG - SWITCH}"
-        add(f"{noise}-long-noisy", noise, *base, "--curriculum", f"noisy:{LONG}")
-        add(f"{noise}-long-nc", noise, *base, "--curriculum", long, denoiser=own, fork=first)
-        add(f"{noise}-long-nct", noise, *base, "--curriculum", long, "--anchor", ANCHOR, denoiser=own, fork=first)
+        for seed in SEEDS if noise == "gauss255" else SEEDS[:1]:
+            for arm, flags, denoiser, fork in (
+                    ("noisy", ["--arm", "noisy", "--epochs", LONG], None, None),
+                    ("nc", ["--curriculum", long], own, f"{noise}-phase1-seed{seed}"),
+                    ("nct", ["--curriculum", long, "--anchor", ANCHOR], own, f"{noise}-phase1-seed{seed}"),
+                    ("denoised", ["--arm", "denoised", "--epochs", LONG], own, None)):
+                add(f"long-{noise}-{arm}-seed{seed}", noise, "--seed", seed, *flags, denoiser=denoiser, fork=fork)
     # noise drawn anew at every reading: as many copies of each image, each with its own draw, and one epoch of them
     once = ["--seed", 0, "--curriculum", "noisy:1", "--warmup_epochs", 0.2, "--freeze_last_epochs", 0]
     add("gauss100-redrawn", "gauss100", *once, data="redrawn")
@@ -284,15 +288,17 @@ def tables(folder):
                       for label, r in found if r], title)
 
     curves = []
-    for noise in ("gauss100", "gauss255"):
+    for prefix, noise in itertools.product(("", "long-"), ("gauss100", "gauss255")):
+        base = f"{prefix}{noise}"
         for (a, b), seed in itertools.product(GAPS, SEEDS):
-            x, y = (all_.get(f"{noise}-{arm}-seed{seed}") for arm in (a, b))
+            x, y = (all_.get(f"{base}-{arm}-seed{seed}") for arm in (a, b))
             if x and y:
-                all_[f"{noise}-{a} less {b}-seed{seed}"] = {
+                all_[f"{base}-{a} less {b}-seed{seed}"] = {
                     k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "cosine")}
-        groups = [(arm, [f"{'gauss100' if arm == 'clean' else noise}-{arm}-seed{s}" for s in SEEDS])
+        groups = [(arm, [f"{'gauss100' if (arm, prefix) == ('clean', '') else base}-{arm}-seed{s}" for s in SEEDS])
                   for arm in (*ARMS, *(f"{a} less {b}" for a, b in GAPS))]
-        text += rows(f"Arms, {noise}", groups)
+        epochs = f"{SWITCH} + {(LONG if prefix else EPOCHS) - SWITCH} epochs"
+        text += rows(f"Arms, {noise}, {epochs}", groups)
         lines = {}
         for arm, names in groups:
             sweeps = [all_[n]["sweep"] for n in names if "sweep" in all_.get(n, {})]
@@ -300,7 +306,7 @@ def tables(folder):
                 lines[arm] = [(s["strength"], float(np.mean([x[i]["linear"] for x in sweeps])))
                               for i, s in enumerate(sweeps[0])]
         if lines:
-            curves.append((f"{noise}: linear probe, % against test noise (1 = pretraining's)", lines))
+            curves.append((f"{noise}, {epochs}: linear probe, % against test noise (1 = pretraining's)", lines))
             strengths = [f"{x:g} x" for x, _ in next(iter(lines.values()))]
             text += ["Linear probe under other test noise, relative to pretraining's:", "",
                      *table(["", *strengths], [[arm, *(f"{y:.1f}" for _, y in p)] for arm, p in lines.items()])]
@@ -312,7 +318,6 @@ def tables(folder):
         part += [("nc without restart", [f"{noise}-norestart"]), ("nct, live head", [f"{noise}-live"])]
         part += [(f"nct, anchor {w}", [f"{noise}-anchor{w}"]) for w in ANCHORS]
         part += [(f"{arm}, denoiser of one epoch", [f"weak-{noise}-{arm}-seed0"]) for arm in ("nc", "nct")]
-        part += [(f"{arm}, {LONG} epochs", [f"{noise}-long-{arm}"]) for arm in ("noisy", "nc", "nct")]
         part += [("noisy, noise redrawn every epoch", [f"{noise}-redrawn"])]
         part += [(f"{arm}, patches of 16, 20 epochs", [f"patch16-{noise}-{arm}-seed0"]) for arm in (
             "noisy", "nc", "nct", "denoised")]
