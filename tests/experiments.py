@@ -194,18 +194,20 @@ class Runner:
         commands += [self.call("pretrain.py", *flags, "--out", folder)]
         return folder, denoised, list(dict.fromkeys(commands))
 
-    def run(self, name):
-        run = self.runs[name]
+    def run(self, name, clean=False):
+        """Train and probe; clean: the probe's head is trained on clean images, too, and no denoiser used."""
+        run, saved = self.runs[name], f"clean-head-{name}" if clean else name
         folder, flags, commands = self.pretrain(name)
-        figures = self.out / f"{name}.json"
-        noise = "none" if "clean" in run.flags else run.noise  # the upper bound is probed on clean images, too
-        data = self.data("data" if run.data == "redrawn" else run.data)
+        figures = self.out / f"{saved}.json"
+        data = ["--data", self.data("data" if run.data == "redrawn" else run.data)]
+        if not (clean or "clean" in run.flags):  # the upper bound is probed on clean images, too
+            data += ["--noise", run.noise, *flags]
         if not figures.exists():
-            self.call("probe.py", *RECIPE, "--data", data, "--noise", noise, "--run", folder, "--out", figures, *flags)
+            self.call("probe.py", *RECIPE, *data, "--run", folder, "--out", figures)
         log = c.read_log(folder / "log.jsonl")
         monitors = [r for r in log if "entropy" in r][-1:]  # at the end of training
-        self.save(name, {**c.read_json(figures), "monitors": {k: r[k] for r in monitors for k in
-                         ("entropy", "kl", "cls_std", "rank", "dino", "ibot")}, "commands": commands})
+        self.save(saved, {**c.read_json(figures), "monitors": {k: r[k] for r in monitors for k in
+                          ("entropy", "kl", "cls_std", "rank", "dino", "ibot")}, "commands": commands})
 
     def save(self, name, figures):
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -255,6 +257,8 @@ class Runner:
     def everything(self):
         """{name: function}, in order."""
         jobs = {name: (lambda name=name: self.run(name)) for name, run in self.runs.items() if run.probed}
+        jobs |= {f"clean-head-{name}": (lambda name=name: self.run(name, clean=True)) for name in self.runs
+                 if re.fullmatch(r"gauss\d+-(noisy|nc|nct|denoised)-seed\d", name)}
         jobs |= {"denoiser-redrawn-gauss100": lambda: self.denoiser("denoiser-redrawn-gauss100"), "cost": self.cost}
         if self.args.kodak:
             jobs |= {f"kodak-{noise}": (lambda noise=noise: self.kodak(noise)) for noise in KODAK}
@@ -273,10 +277,12 @@ def tables(folder):
     all_ = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
     for r in all_.values():
         if "knn" in r:
-            r |= {"knn20": r["knn"]["20"], "minutes": r["summary"]["seconds"] / 60, "rank": r["monitors"].get("rank"),
+            r |= {"knn20": r["knn"]["20"], "clean_knn20": r.get("clean_knn", {}).get("20"),
+                  "minutes": r["summary"]["seconds"] / 60, "rank": r["monitors"].get("rank"),
                   "entropy": r["monitors"].get("entropy")}
-    columns = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN", "cosine": "cosine to clean",
-               "minutes": "minutes", "rank": "effective rank", "entropy": "teacher entropy"}
+    columns = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN",
+               "clean_knn20": "20-NN, clean val", "cosine": "cosine to clean", "minutes": "minutes",
+               "rank": "effective rank", "entropy": "teacher entropy"}
     text = ["# Experiments", "", "Made by `python tests/experiments.py` from the files beside it; mean ± standard "
             "deviation over seeds where there are several.", ""]
 
@@ -294,7 +300,7 @@ def tables(folder):
             x, y = (all_.get(f"{base}-{arm}-seed{seed}") for arm in (a, b))
             if x and y:
                 all_[f"{base}-{a} less {b}-seed{seed}"] = {
-                    k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "cosine")}
+                    k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "clean_knn20", "cosine") if x[k]}
         groups = [(arm, [f"{'gauss100' if (arm, prefix) == ('clean', '') else base}-{arm}-seed{s}" for s in SEEDS])
                   for arm in (*ARMS, *(f"{a} less {b}" for a, b in GAPS))]
         epochs = f"{SWITCH} + {(LONG if prefix else EPOCHS) - SWITCH} epochs"
@@ -310,6 +316,9 @@ def tables(folder):
             strengths = [f"{x:g} x" for x, _ in next(iter(lines.values()))]
             text += ["Linear probe under other test noise, relative to pretraining's:", "",
                      *table(["", *strengths], [[arm, *(f"{y:.1f}" for _, y in p)] for arm, p in lines.items()])]
+    text += rows("Clean images, the probe's head too, no denoiser", [
+        (f"{noise} {arm}", [f"clean-head-{noise}-{arm}-seed{s}" for s in SEEDS])
+        for noise in ("gauss100", "gauss255") for arm in ("noisy", "nc", "nct", "denoised")])
     text += rows("Other noises", [(f"{noise} {arm}", [f"{noise}-{arm}-seed0"]) for noise in NOISES
                                   for arm in ("noisy", "nc", "nct")])
     for noise in ("gauss100", "gauss255"):

@@ -30,6 +30,7 @@ def test_every_command_of_the_plan_is_one_that_its_stage_accepts(runner):
     stages = {"denoise.py": denoise, "pretrain.py": pretrain, "probe.py": probe}
     for name in runner.runs:
         runner.run(name)
+    runner.run("gauss100-nct-seed0", clean=True)
     assert len(runner.calls) > 100
     for script, *flags in runner.calls:
         stages[script].read_config(flags)
@@ -69,11 +70,11 @@ def test_redrawn_data_gives_every_copy_a_noise_of_its_own(runner):
 def test_tables_give_mean_and_deviation_over_seeds(tmp_path):
     for seed, linear in enumerate((40.0, 44.0, 48.0)):
         common.write_json(tmp_path / f"gauss100-noisy-seed{seed}.json", {
-            "linear": linear, "knn": {"20": 30.0}, "cosine": 0.5, "summary": {"seconds": 60.0}, "monitors": {},
-            "sweep": [{"strength": 1, "linear": linear}]})
+            "linear": linear, "knn": {"20": 30.0}, "clean_knn": {"20": 31.0}, "cosine": 0.5, "summary": {"seconds": 60.0},
+            "monitors": {}, "sweep": [{"strength": 1, "linear": linear}]})
     experiments.tables(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "| noisy | 3 | 44.0 ± 4.0 | - | 30.0 ± 0.0 | 0.50 ± 0.00 | 1.0 ± 0.0 |" in text
+    assert "| noisy | 3 | 44.0 ± 4.0 | - | 30.0 ± 0.0 | 31.0 ± 0.0 | 0.50 ± 0.00 | 1.0 ± 0.0 |" in text
     assert (tmp_path / "robustness.png").exists()
 
 
