@@ -258,7 +258,7 @@ class Runner:
         """{name: function}, in order."""
         jobs = {name: (lambda name=name: self.run(name)) for name, run in self.runs.items() if run.probed}
         jobs |= {f"clean-head-{name}": (lambda name=name: self.run(name, clean=True)) for name in self.runs
-                 if re.fullmatch(r"gauss\d+-(noisy|nc|nct|denoised)-seed\d", name)}
+                 if re.fullmatch(r"gauss(100|255)-(noisy|nc|nct|denoised)-seed\d", name)}
         jobs |= {"denoiser-redrawn-gauss100": lambda: self.denoiser("denoiser-redrawn-gauss100"), "cost": self.cost}
         if self.args.kodak:
             jobs |= {f"kodak-{noise}": (lambda noise=noise: self.kodak(noise)) for noise in KODAK}

@@ -70,8 +70,8 @@ def test_redrawn_data_gives_every_copy_a_noise_of_its_own(runner):
 def test_tables_give_mean_and_deviation_over_seeds(tmp_path):
     for seed, linear in enumerate((40.0, 44.0, 48.0)):
         common.write_json(tmp_path / f"gauss100-noisy-seed{seed}.json", {
-            "linear": linear, "knn": {"20": 30.0}, "clean_knn": {"20": 31.0}, "cosine": 0.5, "summary": {"seconds": 60.0},
-            "monitors": {}, "sweep": [{"strength": 1, "linear": linear}]})
+            "linear": linear, "knn": {"20": 30.0}, "clean_knn": {"20": 31.0}, "cosine": 0.5,
+            "summary": {"seconds": 60.0}, "monitors": {}, "sweep": [{"strength": 1, "linear": linear}]})
     experiments.tables(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| noisy | 3 | 44.0 ± 4.0 | - | 30.0 ± 0.0 | 31.0 ± 0.0 | 0.50 ± 0.00 | 1.0 ± 0.0 |" in text
