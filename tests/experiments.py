@@ -39,7 +39,8 @@ ANCHOR = f"{pretrain.ANCHORS['tiny']['none']:g}"
 ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
 RECIPE = ["--preset", "tiny"]  # of all three stages
 PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 20 --switch 12")  # as long by the clock
-RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008), (3, 5, 7, 9), (0.5, 1, 2), (0, 1, 2)
+PATCH16_RATE = 0.008  # the best on the held-out part
+RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008, 0.016), (3, 5, 7, 9), (0.5, 1, 2), (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
 LONG = SWITCH + 3 * (EPOCHS - SWITCH)
 KODAK = ("gauss25", "gauss50")
@@ -56,28 +57,27 @@ def plan():
         runs[name] = SimpleNamespace(name=name, noise=noise, data=data, denoiser=denoiser, fork=fork, probed=probed,
                                      flags=[str(f) for f in flags])
 
-    def arms(noise, names, seed=0, data="data", prefix="", flags=(), denoiser=None):
+    def arms(noise, names, seed=0, prefix="", flags=(), denoiser=None):
         """Arms with one first phase for denoised, nc and nct."""
         base, denoiser = f"{prefix}{noise}", denoiser or f"denoiser-{noise}"
         common = ["--seed", seed, *flags]
         if {"denoised", "nc", "nct"} & set(names):
-            add(f"{base}-phase1-seed{seed}", noise, "--arm", "phase1", *common, data=data, denoiser=denoiser,
-                probed=False)
+            add(f"{base}-phase1-seed{seed}", noise, "--arm", "phase1", *common, denoiser=denoiser, probed=False)
         for arm in names:
             alone = arm in ("random", "noisy", "clean")
-            add(f"{base}-{arm}-seed{seed}", noise, "--arm", arm, *common, data=data,
+            add(f"{base}-{arm}-seed{seed}", noise, "--arm", arm, *common,
                 denoiser=None if alone else denoiser, fork=None if alone else f"{base}-phase1-seed{seed}")
 
     # the same choice for every arm, on a quarter of train that is held out for it
-    for patch, flags in (("", []), ("patch16-", PATCH16)):
-        for rate in RATES:
-            for arm in ("noisy", "denoised", "clean"):
-                add(f"search-{patch}lr{rate}-{arm}", "gauss100", "--arm", arm, *flags, "--lr", rate, data="search",
-                    denoiser="denoiser-search" if arm == "denoised" else None)
-    for noise in ("gauss100", "gauss255"):
-        for seed in SEEDS:
-            arms(noise, [arm for arm in ARMS if (arm, noise) != ("clean", "gauss255")], seed)  # no noise in it
-        arms(noise, ("noisy", "nc", "nct", "denoised"), prefix="patch16-", flags=PATCH16, denoiser=f"denoiser-{noise}")
+    for (prefix, flags), rate, arm in itertools.product(
+            (("", []), ("patch16-", PATCH16)), RATES, ("noisy", "denoised", "clean")):
+        add(f"search-{prefix}lr{rate}-{arm}", "gauss100", "--arm", arm, *flags, "--lr", rate, data="search",
+            denoiser="denoiser-search" if arm == "denoised" else None)
+    for noise, seed in itertools.product(("gauss100", "gauss255"), SEEDS):
+        names = [arm for arm in ARMS if (arm, noise) != ("clean", "gauss255")]  # no noise in it
+        arms(noise, names, seed)
+        if noise == "gauss100" or not seed:
+            arms(noise, names, seed, "patch16-", [*PATCH16, "--lr", PATCH16_RATE])
     for noise in NOISES:
         arms(noise, ("noisy", "nc", "nct"))
 
@@ -294,17 +294,18 @@ def tables(folder):
                       for label, r in found if r], title)
 
     curves = []
-    for prefix, noise in itertools.product(("", "long-"), ("gauss100", "gauss255")):
-        base = f"{prefix}{noise}"
+    recipes = (("", f"{SWITCH} + {EPOCHS - SWITCH} epochs"), ("long-", f"{SWITCH} + {LONG - SWITCH} epochs"),
+               ("patch16-", "12 + 8 epochs, patches of 16"))
+    for (prefix, said), noise in itertools.product(recipes, ("gauss100", "gauss255")):
+        base, title = f"{prefix}{noise}", f"{noise}, {said}"
         for (a, b), seed in itertools.product(GAPS, SEEDS):
             x, y = (all_.get(f"{base}-{arm}-seed{seed}") for arm in (a, b))
             if x and y:
                 all_[f"{base}-{a} less {b}-seed{seed}"] = {
                     k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "clean_knn20", "cosine") if x[k]}
-        groups = [(arm, [f"{'gauss100' if (arm, prefix) == ('clean', '') else base}-{arm}-seed{s}" for s in SEEDS])
+        groups = [(arm, [f"{prefix}{'gauss100' if arm == 'clean' else noise}-{arm}-seed{s}" for s in SEEDS])
                   for arm in (*ARMS, *(f"{a} less {b}" for a, b in GAPS))]
-        epochs = f"{SWITCH} + {(LONG if prefix else EPOCHS) - SWITCH} epochs"
-        text += rows(f"Arms, {noise}, {epochs}", groups)
+        text += rows(f"Arms, {title}", groups)
         lines = {}
         for arm, names in groups:
             sweeps = [all_[n]["sweep"] for n in names if "sweep" in all_.get(n, {})]
@@ -312,7 +313,7 @@ def tables(folder):
                 lines[arm] = [(s["strength"], float(np.mean([x[i]["linear"] for x in sweeps])))
                               for i, s in enumerate(sweeps[0])]
         if lines:
-            curves.append((f"{noise}, {epochs}: linear probe, % against test noise (1 = pretraining's)", lines))
+            curves.append((f"{title}: linear probe, % against test noise (1 = pretraining's)", lines))
             strengths = [f"{x:g} x" for x, _ in next(iter(lines.values()))]
             text += ["Linear probe under other test noise, relative to pretraining's:", "",
                      *table(["", *strengths], [[arm, *(f"{y:.1f}" for _, y in p)] for arm, p in lines.items()])]
@@ -328,8 +329,6 @@ def tables(folder):
         part += [(f"nct, anchor {w}", [f"{noise}-anchor{w}"]) for w in ANCHORS]
         part += [(f"{arm}, denoiser of one epoch", [f"weak-{noise}-{arm}-seed0"]) for arm in ("nc", "nct")]
         part += [("noisy, noise redrawn every epoch", [f"{noise}-redrawn"])]
-        part += [(f"{arm}, patches of 16, 20 epochs", [f"patch16-{noise}-{arm}-seed0"]) for arm in (
-            "noisy", "nc", "nct", "denoised")]
         if any(n in all_ for _, group in part for n in group):
             title = f"Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor {ANCHOR}, frozen head unless said)"
             text += rows(title, seed0 + part)
