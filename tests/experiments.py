@@ -40,7 +40,7 @@ ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
 RECIPE = ["--preset", "tiny"]  # of all three stages
 PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 20 --switch 12")  # as long by the clock
 PATCH16_RATE = 0.008  # the best on the held-out part
-RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008, 0.016), (3, 5, 7, 9), (0.5, 1, 2), (0, 1, 2)
+RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008, 0.016), (0.3, 0.5, 0.7, 0.9), (0.5, 1, 2), (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
 LONG = SWITCH + 3 * (EPOCHS - SWITCH)
 KODAK = ("gauss25", "gauss50")
@@ -80,29 +80,30 @@ def plan():
     for noise in NOISES:
         arms(noise, ("noisy", "nc", "nct"))
 
-    for noise in ("gauss100", "gauss255"):
-        base, own, first = ["--seed", 0], f"denoiser-{noise}", f"{noise}-phase1-seed0"
-        before = None
-        for k in SWITCHES:  # one denoised run of EPOCHS, left at each switch
-            add(f"{noise}-denoised{k}", noise, *base, "--curriculum", f"denoised:{k}/{EPOCHS}", denoiser=own,
+    # ablations, each noise by its own recipe
+    for noise, prefix, recipe, epochs in (("gauss100", "", [], EPOCHS),
+                                          ("gauss255", "patch16-", [*PATCH16, "--lr", PATCH16_RATE], 20)):
+        name, own, before = f"{prefix}{noise}", f"denoiser-{noise}", None
+        base, first = ["--seed", 0, *recipe], f"{name}-phase1-seed0"
+        for share in SWITCHES:  # one denoised run, left at each switch
+            k = round(share * epochs)
+            add(f"{name}-denoised{k}", noise, *base, "--curriculum", f"denoised:{k}/{epochs}", denoiser=own,
                 fork=before, probed=False)
-            before = f"{noise}-denoised{k}"
-            add(f"{noise}-switch{k}", noise, *base, "--curriculum", f"denoised:{k}/{EPOCHS},noisy:{EPOCHS - k}",
+            before = f"{name}-denoised{k}"
+            add(f"{name}-switch{k}", noise, *base, "--curriculum", f"denoised:{k}/{epochs},noisy:{epochs - k}",
                 denoiser=own, fork=before)
         for weight in ANCHORS:
-            add(f"{noise}-anchor{weight}", noise, *base, "--arm", "nct", "--anchor", weight, denoiser=own, fork=first)
-        add(f"{noise}-live", noise, *base, "--arm", "nct", "--anchor_head", "live", denoiser=own, fork=first)
-        add(f"{noise}-norestart", noise, *base, "--arm", "nc", "--no-restart", denoiser=own)
-        arms(noise, ("nc", "nct"), prefix="weak-", denoiser=f"denoiser-weak-{noise}")
-        # three times the noisy phase, and the other arms as long; seeds where it is the best recipe
-        long = f"denoised:{SWITCH}/{EPOCHS},noisy:{LONG - SWITCH}"
-        for seed in SEEDS if noise == "gauss255" else SEEDS[:1]:
-            for arm, flags, denoiser, fork in (
-                    ("noisy", ["--arm", "noisy", "--epochs", LONG], None, None),
-                    ("nc", ["--curriculum", long], own, f"{noise}-phase1-seed{seed}"),
-                    ("nct", ["--curriculum", long, "--anchor", ANCHOR], own, f"{noise}-phase1-seed{seed}"),
-                    ("denoised", ["--arm", "denoised", "--epochs", LONG], own, None)):
-                add(f"long-{noise}-{arm}-seed{seed}", noise, "--seed", seed, *flags, denoiser=denoiser, fork=fork)
+            add(f"{name}-anchor{weight}", noise, *base, "--arm", "nct", "--anchor", weight, denoiser=own, fork=first)
+        add(f"{name}-live", noise, *base, "--arm", "nct", "--anchor_head", "live", denoiser=own, fork=first)
+        add(f"{name}-norestart", noise, *base, "--arm", "nc", "--no-restart", denoiser=own)
+        arms(noise, ("nc", "nct"), prefix=f"weak-{prefix}", flags=recipe, denoiser=f"denoiser-weak-{noise}")
+    # three times the noisy phase, and a baseline that is as long
+    long = ["--curriculum", f"denoised:{SWITCH}/{EPOCHS},noisy:{LONG - SWITCH}"]
+    for seed in SEEDS:
+        for arm, flags in (("nc", long), ("nct", [*long, "--anchor", ANCHOR])):
+            add(f"long-gauss255-{arm}-seed{seed}", "gauss255", "--seed", seed, *flags, denoiser="denoiser-gauss255",
+                fork=f"gauss255-phase1-seed{seed}")
+        arms("gauss255", ["noisy"], seed, "long-", ["--epochs", LONG])
     # noise drawn anew at every reading: as many copies of each image, each with its own draw, and one epoch of them
     once = ["--seed", 0, "--curriculum", "noisy:1", "--warmup_epochs", 0.2, "--freeze_last_epochs", 0]
     add("gauss100-redrawn", "gauss100", *once, data="redrawn")
@@ -257,7 +258,7 @@ class Runner:
         """{name: function}, in order."""
         jobs = {name: (lambda name=name: self.run(name)) for name, run in self.runs.items() if run.probed}
         jobs |= {f"clean-head-{name}": (lambda name=name: self.run(name, clean=True)) for name in self.runs
-                 if re.fullmatch(r"gauss(100|255)-(noisy|nc|nct|denoised)-seed\d", name)}
+                 if re.fullmatch(r"gauss100-(noisy|nc|nct|denoised)-seed\d", name)}
         jobs |= {"denoiser-redrawn-gauss100": lambda: self.denoiser("denoiser-redrawn-gauss100"), "cost": self.cost}
         if self.args.kodak:
             jobs |= {f"kodak-{noise}": (lambda noise=noise: self.kodak(noise)) for noise in KODAK}
@@ -317,19 +318,20 @@ def tables(folder):
             text += ["Linear probe under other test noise, relative to pretraining's:", "",
                      *table(["", *strengths], [[arm, *(f"{y:.1f}" for _, y in p)] for arm, p in lines.items()])]
     text += rows("Clean images, the probe's head too, no denoiser", [
-        (f"{noise} {arm}", [f"clean-head-{noise}-{arm}-seed{s}" for s in SEEDS])
-        for noise in ("gauss100", "gauss255") for arm in ("noisy", "nc", "nct", "denoised")])
+        (f"gauss100 {arm}", [f"clean-head-gauss100-{arm}-seed{s}" for s in SEEDS])
+        for arm in ("noisy", "nc", "nct", "denoised")])
     text += rows("Other noises", [(f"{noise} {arm}", [f"{noise}-{arm}-seed0"]) for noise in NOISES
                                   for arm in ("noisy", "nc", "nct")])
-    for noise in ("gauss100", "gauss255"):
-        seed0 = [(f"{arm}, as above", [f"{noise}-{arm}-seed0"]) for arm in ("noisy", "nc", "nct")]
-        part = [(f"switch at epoch {k} of {EPOCHS}, nc", [f"{noise}-switch{k}"]) for k in SWITCHES]
-        part += [("nc without restart", [f"{noise}-norestart"]), ("nct, live head", [f"{noise}-live"])]
-        part += [(f"nct, anchor {w}", [f"{noise}-anchor{w}"]) for w in ANCHORS]
-        part += [(f"{arm}, denoiser of one epoch", [f"weak-{noise}-{arm}-seed0"]) for arm in ("nc", "nct")]
-        part += [("noisy, noise redrawn every epoch", [f"{noise}-redrawn"])]
+    for name, epochs, switch in (("gauss100", EPOCHS, SWITCH), ("patch16-gauss255", 20, 12)):
+        seed0 = [(f"{arm}, as above", [f"{name}-{arm}-seed0"]) for arm in ("noisy", "nc", "nct")]
+        part = [(f"switch at epoch {k} of {epochs}, nc", [f"{name}-switch{k}"]) for k in (
+            round(share * epochs) for share in SWITCHES)]
+        part += [("nc without restart", [f"{name}-norestart"]), ("nct, live head", [f"{name}-live"])]
+        part += [(f"nct, anchor {w}", [f"{name}-anchor{w}"]) for w in ANCHORS]
+        part += [(f"{arm}, denoiser of one epoch", [f"weak-{name}-{arm}-seed0"]) for arm in ("nc", "nct")]
+        part += [("noisy, noise redrawn every epoch", [f"{name}-redrawn"])]
         if any(n in all_ for _, group in part for n in group):
-            title = f"Ablations, {noise}, seed 0 (switch at {SWITCH}, anchor {ANCHOR}, frozen head unless said)"
+            title = f"Ablations, {name}, seed 0 (switch at {switch}, anchor {ANCHOR}, frozen head unless said)"
             text += rows(title, seed0 + part)
     text += rows("Search, gauss100, on a held-out quarter of train", [
         (f"{arm}, rate {r}{said}", [f"search-{patch}lr{r}-{arm}"]) for arm in ("noisy", "denoised", "clean")
