@@ -313,7 +313,7 @@ def tables(folder):
                 lines[arm] = [(s["strength"], float(np.mean([x[i]["linear"] for x in sweeps])))
                               for i, s in enumerate(sweeps[0])]
         if lines:
-            curves.append((f"{title}: linear probe, % against test noise (1 = pretraining's)", lines))
+            curves.append((f"{title}: linear probe in % by test noise", lines))
             strengths = [f"{x:g} x" for x, _ in next(iter(lines.values()))]
             text += ["Linear probe under other test noise, relative to pretraining's:", "",
                      *table(["", *strengths], [[arm, *(f"{y:.1f}" for _, y in p)] for arm, p in lines.items()])]
