@@ -39,12 +39,18 @@ ANCHOR = f"{pretrain.ANCHORS['tiny']['none']:g}"
 ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
 RECIPE = ["--preset", "tiny"]  # of all three stages
 PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 20 --switch 12")  # as long by the clock
-PATCH16_RATE = 0.008  # the best on the held-out part
 RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008, 0.016), (0.3, 0.5, 0.7, 0.9), (0.5, 1, 2), (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
 LONG = SWITCH + 3 * (EPOCHS - SWITCH)
+# prefix of a run's name -> flags of pretrain.py, epochs, switch; the rate is the best on the held-out part
+RECIPES = {"": ([], EPOCHS, SWITCH), "patch16-": ([*PATCH16, "--lr", "0.008"], 20, 12)}
+ABLATED = (("gauss100", ""), ("gauss255", "patch16-"))  # each noise by a recipe that learns there
 KODAK = ("gauss25", "gauss50")
 GAPS = (("nc", "noisy"), ("nct", "noisy"), ("nct", "nc"), ("nc", "denoised"), ("nct", "denoised"))  # seed by seed
+
+
+def switches(epochs):
+    return [round(share * epochs) for share in SWITCHES]
 
 
 # ==== the plan: name -> what it takes ===============================================================================
@@ -75,18 +81,16 @@ def plan():
             denoiser="denoiser-search" if arm == "denoised" else None)
     for noise, seed in itertools.product(("gauss100", "gauss255"), SEEDS):
         names = [arm for arm in ARMS if (arm, noise) != ("clean", "gauss255")]  # no noise in it
-        arms(noise, names, seed)
-        arms(noise, names, seed, "patch16-", [*PATCH16, "--lr", PATCH16_RATE])
+        for prefix, (flags, *_) in RECIPES.items():
+            arms(noise, names, seed, prefix, flags)
     for noise in NOISES:
         arms(noise, ("noisy", "nc", "nct"))
 
-    # ablations, each noise by its own recipe
-    for noise, prefix, recipe, epochs in (("gauss100", "", [], EPOCHS),
-                                          ("gauss255", "patch16-", [*PATCH16, "--lr", PATCH16_RATE], 20)):
+    for noise, prefix in ABLATED:
+        recipe, epochs, _ = RECIPES[prefix]
         name, own, before = f"{prefix}{noise}", f"denoiser-{noise}", None
         base, first = ["--seed", 0, *recipe], f"{name}-phase1-seed0"
-        for share in SWITCHES:  # one denoised run, left at each switch
-            k = round(share * epochs)
+        for k in switches(epochs):  # one denoised run, left at each switch
             add(f"{name}-denoised{k}", noise, *base, "--curriculum", f"denoised:{k}/{epochs}", denoiser=own,
                 fork=before, probed=False)
             before = f"{name}-denoised{k}"
@@ -294,15 +298,15 @@ def tables(folder):
                       for label, r in found if r], title)
 
     curves = []
-    recipes = (("", f"{SWITCH} + {EPOCHS - SWITCH} epochs"), ("long-", f"{SWITCH} + {LONG - SWITCH} epochs"),
-               ("patch16-", "12 + 8 epochs, patches of 16"))
-    for (prefix, said), noise in itertools.product(recipes, ("gauss100", "gauss255")):
-        base, title = f"{prefix}{noise}", f"{noise}, {said}"
+    recipes = (("", EPOCHS, SWITCH, ""), ("long-", LONG, SWITCH, ""),
+               ("patch16-", *RECIPES["patch16-"][1:], ", patches of 16"))
+    for (prefix, epochs, switch, said), noise in itertools.product(recipes, ("gauss100", "gauss255")):
+        base, title = f"{prefix}{noise}", f"{noise}, {switch} + {epochs - switch} epochs{said}"
         for (a, b), seed in itertools.product(GAPS, SEEDS):
             x, y = (all_.get(f"{base}-{arm}-seed{seed}") for arm in (a, b))
             if x and y:
                 all_[f"{base}-{a} less {b}-seed{seed}"] = {
-                    k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "clean_knn20", "cosine") if x[k]}
+                    k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "clean_knn20", "cosine")}
         groups = [(arm, [f"{prefix}{'gauss100' if arm == 'clean' else noise}-{arm}-seed{s}" for s in SEEDS])
                   for arm in (*ARMS, *(f"{a} less {b}" for a, b in GAPS))]
         text += rows(f"Arms, {title}", groups)
@@ -322,10 +326,10 @@ def tables(folder):
         for arm in ("noisy", "nc", "nct", "denoised")])
     text += rows("Other noises", [(f"{noise} {arm}", [f"{noise}-{arm}-seed0"]) for noise in NOISES
                                   for arm in ("noisy", "nc", "nct")])
-    for name, epochs, switch in (("gauss100", EPOCHS, SWITCH), ("patch16-gauss255", 20, 12)):
+    for noise, prefix in ABLATED:
+        name, (_, epochs, switch) = f"{prefix}{noise}", RECIPES[prefix]
         seed0 = [(f"{arm}, as above", [f"{name}-{arm}-seed0"]) for arm in ("noisy", "nc", "nct")]
-        part = [(f"switch at epoch {k} of {epochs}, nc", [f"{name}-switch{k}"]) for k in (
-            round(share * epochs) for share in SWITCHES)]
+        part = [(f"switch at epoch {k} of {epochs}, nc", [f"{name}-switch{k}"]) for k in switches(epochs)]
         part += [("nc without restart", [f"{name}-norestart"]), ("nct, live head", [f"{name}-live"])]
         part += [(f"nct, anchor {w}", [f"{name}-anchor{w}"]) for w in ANCHORS]
         part += [(f"{arm}, denoiser of one epoch", [f"weak-{name}-{arm}-seed0"]) for arm in ("nc", "nct")]
