@@ -39,11 +39,16 @@ ANCHOR = f"{pretrain.ANCHORS['tiny']['none']:g}"
 ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
 RECIPE = ["--preset", "tiny"]  # of all three stages
 PATCH16 = str.split("--patch_size 16 --global_size 64 --local_size 32 --epochs 20 --switch 12")  # as long by the clock
-RATES, SWITCHES, ANCHORS, SEEDS = (0.004, 0.008, 0.016), (0.3, 0.5, 0.7, 0.9), (0.5, 1, 2), (0, 1, 2)
+SWITCHES, ANCHORS, SEEDS = (0.3, 0.5, 0.7, 0.9), (0.5, 1, 2), (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
 LONG = SWITCH + 3 * (EPOCHS - SWITCH)
 # prefix of a run's name -> flags of pretrain.py, epochs, switch; the rate is the best on the held-out part
 RECIPES = {"": ([], EPOCHS, SWITCH), "patch16-": ([*PATCH16, "--lr", "0.008"], 20, 12)}
+# what is searched, for every arm alike: name -> (label, flags of pretrain.py); first the rate, then all else beside it
+SEARCH = {f"{name}lr{rate}": (f"rate {rate}{said}", [*flags, "--lr", rate]) for name, said, flags in (
+    ("", "", []), ("patch16-", ", patches of 16, 20 epochs", PATCH16)) for rate in (0.004, 0.008, 0.016)}
+SEARCH |= {f"patch16-{flag}{x}": (f"{flag} {x}, rate 0.008, patches of 16", [*RECIPES["patch16-"][0], f"--{flag}", x])
+           for flag, x in (("batch_size", 32), ("momentum", 0.97), ("prototypes", 2048), ("local_crops", 4))}
 ABLATED = (("gauss100", ""), ("gauss255", "patch16-"))  # each noise by a recipe that learns there
 KODAK = ("gauss25", "gauss50")
 GAPS = (("nc", "noisy"), ("nct", "noisy"), ("nct", "nc"), ("nc", "denoised"), ("nct", "denoised"))  # seed by seed
@@ -75,9 +80,8 @@ def plan():
                 denoiser=None if alone else denoiser, fork=None if alone else f"{base}-phase1-seed{seed}")
 
     # the same choice for every arm, on a quarter of train that is held out for it
-    for (prefix, flags), rate, arm in itertools.product(
-            (("", []), ("patch16-", PATCH16)), RATES, ("noisy", "denoised", "clean")):
-        add(f"search-{prefix}lr{rate}-{arm}", "gauss100", "--arm", arm, *flags, "--lr", rate, data="search",
+    for (name, (_, flags)), arm in itertools.product(SEARCH.items(), ("noisy", "denoised", "clean")):
+        add(f"search-{name}-{arm}", "gauss100", "--arm", arm, *flags, data="search",
             denoiser="denoiser-search" if arm == "denoised" else None)
     for noise, seed in itertools.product(("gauss100", "gauss255"), SEEDS):
         names = [arm for arm in ARMS if (arm, noise) != ("clean", "gauss255")]  # no noise in it
@@ -338,8 +342,8 @@ def tables(folder):
             title = f"Ablations, {name}, seed 0 (switch at {switch}, anchor {ANCHOR}, frozen head unless said)"
             text += rows(title, seed0 + part)
     text += rows("Search, gauss100, on a held-out quarter of train", [
-        (f"{arm}, rate {r}{said}", [f"search-{patch}lr{r}-{arm}"]) for arm in ("noisy", "denoised", "clean")
-        for patch, said in (("", ""), ("patch16-", ", patches of 16, 20 epochs")) for r in RATES])
+        (f"{arm}, {label}", [f"search-{name}-{arm}"]) for arm in ("noisy", "denoised", "clean")
+        for name, (label, _) in SEARCH.items()])
     found = {k: r for k, r in all_.items() if k.startswith("denoiser-")}
     text += table(
         ["", "noisy", "denoised", "noisy, of E[noisy]", "denoised, of E[noisy]", "minutes"],
