@@ -251,16 +251,17 @@ def make_crops(args, images, sizes, views, mean, std):
 
 # ==== the run: state, schedules, loop ===============================================================================
 class Run:
-    """Everything that training changes; `state()` is what a checkpoint holds."""
-    def __init__(self, args, channels, device):
+    """Everything that training changes; `state()` is what a checkpoint holds. init: to start from --init,
+    --init_backbone; not where a checkpoint is loaded afterwards, which then needs neither file."""
+    def __init__(self, args, channels, device, init=True):
         torch.manual_seed(args.seed)
         self.args, self.device, self.network = args, device, Network(args, channels).to(device)
-        if args.init_backbone:
+        if args.init_backbone and init:
             c.say(load_backbone(self.network.backbone, c.load_checkpoint(args.init_backbone)))
         self.teacher = copy.deepcopy(self.network).requires_grad_(False).eval()
         self.centers = {k: torch.zeros(1, args.prototypes, device=device) for k in ("cls", "patch")}
         self.anchor = self.anchor_centers = None
-        if args.init:
+        if args.init and init:
             self.load_networks(c.load_checkpoint(args.init, needs=NETWORKS))
         self.restart()
         self.context, self.scaler = c.autocast(device, args.amp)
@@ -321,11 +322,15 @@ class Run:
             teacher, student = list(self.teacher.parameters()), list(self.network.parameters())
             torch._foreach_lerp_(teacher, student, 1 - values["momentum"])
 
+def length(args, phases, phase):
+    """Epochs that the schedules of a phase are made for: its own, or, without restart, those of one over all phases."""
+    return phases[phase].schedule if args.restart else max(phases[0].schedule, sum(p.epochs for p in phases))
+
 def schedules(args, phases, phase, step, steps, batch):
     """Values at `step` of a phase with `steps` an epoch: lr, weight_decay, momentum, temp, frozen (last layer)."""
     first = phase if args.restart else 0  # without restart one schedule runs over all phases
     step += steps * sum(p.epochs for p in phases[first:phase])
-    total = steps * (phases[phase].schedule if args.restart else sum(p.epochs for p in phases))
+    total = steps * length(args, phases, phase)
     warmup, temp_warmup = (round(steps * v[min(first, len(v) - 1)])
                            for v in (args.warmup_epochs, args.teacher_temp_warmup_epochs))
     return {"lr": c.cosine(step, args.lr * math.sqrt(batch / 1024), 1e-6, total, warmup),
@@ -339,11 +344,17 @@ def start(args, phases, run, out, data, state):
     has trained (--fork)."""
     if not state and args.fork:
         state = c.load_checkpoint(args.fork, needs=STATE)
-        c.check_config(state["config"], vars(args) | {"data": data["files"]}, FREE | FORK_FREE, args.fork)
-        theirs, (p, epoch) = parse_curriculum(state["config"]["curriculum"]), state["position"][:2]
-        theirs[p].epochs = max([epoch, *[q.epochs for q in phases[p:p + 1]]])  # its last phase may go on here
-        if theirs[:p + 1] != phases[:p + 1]:
-            raise UserError(f"--fork {args.fork}: {state['config']['curriculum']} is no beginning of {args.curriculum}")
+        config, (p, epoch, step) = SimpleNamespace(**state["config"]), state["position"][:3]
+        theirs = parse_curriculum(config.curriculum)
+        both = (config, theirs), (args, phases)
+        begun = any(anchored(a, q, i) for a, q in both for i in range(len(q[:p + 1])))  # it goes on with its anchor
+        free = FREE | ({"curriculum"} if begun else FORK_FREE)
+        c.check_config(state["config"], vars(args) | {"data": data["files"]}, free, args.fork)
+        lengths = {length(a, q, min(p, len(q) - 1)) for a, q in both}
+        for q in theirs[p:p + 1]:  # its last phase may go on here
+            q.epochs = max([epoch + (step > 0), *[q.epochs for q in phases[p:p + 1]]])
+        if theirs[:p + 1] != phases[:p + 1] or len(lengths) > 1:
+            raise UserError(f"--fork {args.fork}: {config.curriculum} is no beginning of {args.curriculum}")
         if c.world()[0] == 0 and (log := Path(args.fork).with_name("log.jsonl")).exists():
             c.write_atomic(out / "log.jsonl", lambda f: f.write(log.read_bytes()))
     if state:
@@ -417,7 +428,7 @@ def main(argv=None):
         raise UserError(f"{out}: holds a backbone.pth without its checkpoint; move it away, or name another --out")
     mean, std = folder.stats()
     data = {"mean": mean, "std": std, "channels": folder.channels, "images": len(folder), "files": files}
-    run = Run(args, folder.channels, device)
+    run = Run(args, folder.channels, device, init=not (state or args.fork))
     start(args, phases, run, out, data, state)
     del state  # memory
     if c.world()[0] == 0:

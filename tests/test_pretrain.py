@@ -226,6 +226,7 @@ def test_switch_restarts_every_schedule():
 def test_without_restart_one_schedule_runs_over_all_phases():
     parts = [series("denoised:40/100,noisy:60", p, "--no-restart") for p in (0, 1)]
     assert parts[0] + parts[1] == series("noisy:100", 0)
+    assert parts[0] == series("denoised:40/100", 0, "--no-restart")  # a first phase that is trained alone
 
 
 def test_schedules_have_the_papers_values():
@@ -597,6 +598,29 @@ def test_fork_of_the_first_phase_equals_one_run_bit_for_bit(images, runs, tmp_pa
     assert [r["step"] for r in log(tmp_path / arm)] == list(range(1, 3 * STEPS + 1))
 
 
+def test_fork_without_restart_equals_one_run_bit_for_bit(images, tmp_path):
+    flags = [*LENGTH, "--no-restart"]
+    train(images, tmp_path / "phase1", *flags, "--arm", "phase1")
+    forked = train(images, tmp_path / "nc", *flags, "--arm", "nc", "--fork", tmp_path / "phase1/checkpoint.pth")
+    assert not differences(forked, train(images, tmp_path / "whole", *flags, "--arm", "nc"))
+    with pytest.raises(UserError, match="denoised:1/3 is no beginning of denoised:1/3,noisy:5"):  # a longer schedule
+        train(images, tmp_path / "long", "--no-restart", "--curriculum", "denoised:1/3,noisy:5",
+              "--fork", tmp_path / "phase1/checkpoint.pth")
+
+
+@pytest.mark.parametrize("begun, flags, message", [
+    ("--curriculum denoised:3", "--curriculum denoised:1/3,noisy:2", "denoised:3 is no beginning"),
+    (ARMS["nct"], ARMS["nc"], "--anchor 2.0 (now 0.0)"), (ARMS["nc"], ARMS["nct"], "--anchor 0.0 (now 2.0)"),
+    (ARMS["nct"], f"{ARMS['nct']} --anchor_head live", "--anchor_head frozen (now live)")])
+def test_fork_beyond_the_switch_has_the_same_switch_and_anchor(images, tmp_path, steps, begun, flags, message):
+    steps.after = lambda run, values: run.total == STEPS + 1 and os.kill(os.getpid(), signal.SIGTERM)
+    assert pretrain.main([*TINY, *images, *LENGTH, *begun.split(), "--out", str(tmp_path / "begun")]) == 75
+    steps.after = lambda run, values: None
+    with pytest.raises(UserError) as error:
+        train(images, tmp_path / "run", *LENGTH, *flags.split(), "--fork", tmp_path / "begun/checkpoint.pth")
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--arm nc --seed 1", "--seed 0 (now 1)"), ("--arm nc --lr 0.5", "--lr 0.02 (now 0.5)"),
     ("--arm noisy", "denoised:1/3 is no beginning of noisy:3"),
@@ -714,6 +738,18 @@ def test_init_starts_from_student_teacher_heads_and_centres(images, runs):
     state = runs[1]["nct"]
     assert not differences(snapshot(run), {k: state[k] for k in ("student", "teacher", "centers")})
     assert run.optimizer.state_dict()["state"] == {} and run.total == 0
+
+
+@pytest.mark.parametrize("flag, file", [("--init", "checkpoint.pth"), ("--init_backbone", "backbone.pth")])
+def test_run_that_goes_on_needs_its_init_no_more(images, runs, tmp_path, steps, flag, file):
+    path, out = tmp_path / file, tmp_path / "run"
+    path.write_bytes((runs[0] / "nct" / file).read_bytes())
+    steps.after = lambda run, values: os.kill(os.getpid(), signal.SIGTERM)
+    flags = ["--curriculum", "noisy:1", flag, str(path)]
+    assert pretrain.main([*TINY, *images, *flags, "--out", str(out)]) == 75
+    steps.after = lambda run, values: None
+    path.rename(tmp_path / "moved")
+    assert train(images, out, *flags)["position"][3] == STEPS
 
 
 def test_init_from_another_model_is_refused(images, runs):
