@@ -46,7 +46,7 @@ def noise(name, inverse=False, most=math.inf):
 def gauss(x, level, rng):
     return x + level / 255 * rng.standard_normal(x.shape, np.float32)
 
-@noise("shot", inverse=True)  # level: photons at full brightness
+@noise("shot", inverse=True, most=1e9)  # level: photons at full brightness
 def shot(x, level, rng):
     return rng.poisson(x * level) / level
 
@@ -99,10 +99,11 @@ CACHE = Path(torch.hub.get_dir()).with_name("ditch-denoiser")  # of scans, where
 LARGE = 10_000  # images of a folder whose scan is kept
 
 def list_images(root):
-    """Relative posix paths of all images below root, sorted; hidden files are passed over, links followed once."""
+    """Relative posix paths of all images below root, sorted; what is hidden is passed over, links followed once."""
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders.sort()  # the same path on every machine where a link leads to a folder twice
+        # sorted: the same path on every machine where a link leads to a folder twice
+        subfolders[:] = sorted(f for f in subfolders if f[0] != ".")
         if os.path.realpath(folder) in seen:  # a link in a loop
             subfolders.clear()
             continue
@@ -144,7 +145,9 @@ def read_image(path, header=False):
                     image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn
                     image = image.convert("RGB")
                 x = np.array(image)
-                if image.mode == "I" and x.min() >= 0 and x.max() <= 65535:  # Pillow's container for 16-bit files
+                if image.mode == "I":  # Pillow's container for 16-bit files
+                    if x.min() < 0 or x.max() > 65535:
+                        raise ValueError("32-bit integers have no known range; save 16 bit or .npy")
                     x = x.astype(np.uint16)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder") from None
@@ -832,9 +835,14 @@ def read_json(path, needs=()):
 
 def save_checkpoint(path, state):
     """Atomic; the checkpoint before stays beside it as NAME.previous. Raises UserError where a value is not finite."""
-    parts = [part for part in state.values() if isinstance(part, dict)]
-    if bad := [k for part in parts for k, x in part.items() if torch.is_tensor(x) and not x.isfinite().all()]:
-        raise UserError(f"{path}: {bad[0]} is not finite; the last good checkpoint is kept; use a lower --lr")
+    def ill(part, name=""):  # names of the tensors, at any depth, that are not finite
+        for k, x in part.items():
+            if isinstance(x, dict):
+                yield from ill(x, f"{name}{k}.")
+            elif torch.is_tensor(x) and not x.isfinite().all():
+                yield f"{name}{k}"
+    if bad := next(ill(state), None):
+        raise UserError(f"{path}: {bad} is not finite; the last good checkpoint is kept; use a lower --lr")
     new = Path(f"{path}.new")
     for left in new.parent.glob(f".{new.name}.*.tmp"):  # by a killed process
         left.unlink(missing_ok=True)

@@ -1238,7 +1238,7 @@ def test_noise_none_is_the_image_itself():
 
 @pytest.mark.parametrize("spec", ["gaus100", "gauss", "gauss-5", "gauss0", "impulse1.5", "gauss255-50", "gaussnan",
                                   "gaussinf", "gauss1e999", "gauss10-", "gauss10-20-30", "100", "", "None", "gauss 1 2",
-                                  "impulse0.5-1.5", "shot0-3"])
+                                  "impulse0.5-1.5", "shot0-3", "shot99999999999999999999"])
 def test_bad_noise_specs_are_refused_by_name(spec):
     with pytest.raises(UserError, match="--noise") as error:
         common.parse_noise(spec)
@@ -1396,6 +1396,16 @@ def test_bool_npy_is_black_and_white(tmp_path):
     assert only(tmp_path)[..., 0].tolist() == [[255, 0, 255]]
 
 
+@pytest.mark.parametrize(("value", "taken"), [(60000, True), (65535, True), (65536, False), (-1, False)])
+def test_32_bit_images_hold_16_bit_values_or_are_refused(tmp_path, value, taken):
+    Image.fromarray(np.full((4, 5), value, np.int32)).save(tmp_path / "a.tif")
+    if taken:
+        assert (only(tmp_path) == round(value / 65535 * 255)).all()
+        return
+    with pytest.raises(UserError, match=r"a\.tif: not a readable image \(32-bit"):
+        only(tmp_path)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan, math.inf, -math.inf])
 def test_float_values_out_of_range_are_refused_with_the_file(tmp_path, value):
     x = np.full((4, 4, 3), 0.5)
@@ -1489,6 +1499,7 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
     (tmp_path / "._c.png").write_bytes(b"resource fork")
     (tmp_path / "labels.txt").write_text("a 1")
     (tmp_path / "Thumbs.db").write_bytes(b"")
+    save(tmp_path / ".ipynb_checkpoints" / "a.png", photo(0, 5, 6))
     assert common.Folder(tmp_path).paths == ["a.png"]
 
 

@@ -187,8 +187,10 @@ def test_checkpoint_with_a_changed_byte_is_reported_and_the_one_before_used(tmp_
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     path = tmp_path / "checkpoint.pth"
     common.save_checkpoint(path, {"model": {"w": torch.ones(2)}})
-    with pytest.raises(UserError, match=r"w is not finite; the last good checkpoint is kept"):
-        common.save_checkpoint(path, {"model": {"w": torch.tensor([1, math.nan])}})
+    for state in ({"model": {"w": torch.tensor([1, math.nan])}},
+                  {"model": {}, "optimizer": {"state": {0: {"w": torch.tensor(math.inf)}}}}):
+        with pytest.raises(UserError, match=r"w is not finite; the last good checkpoint is kept"):
+            common.save_checkpoint(path, state)
     assert common.load_checkpoint(path)["model"]["w"].tolist() == [1, 1]
 
 
