@@ -211,12 +211,15 @@ def step_losses(args, run, crops, anchor_crops, masks, temp, drop=None):
     return {"total": total, **losses}, targets, cls
 
 def monitors(losses, targets, cls):
-    """Collapse monitors: teacher entropy (nats), KL teacher to student, spread and effective rank of class tokens."""
-    entropy = -torch.xlogy(targets, targets).sum(-1).mean()
+    """Collapse monitors: teacher entropy (nats), KL teacher to student, spread and effective rank of class tokens, of
+    the global batch."""
+    means = torch.stack([-torch.xlogy(targets, targets).sum(-1).mean(), losses["dino"].detach()])
+    entropy, dino = (c.all_reduce(means) / c.world()[1]).tolist()
     x = nn.functional.normalize(cls.detach().float().nan_to_num(), dim=-1)  # the losses say that it is not finite
+    x = c.gather_rows(x)
     p = torch.linalg.svdvals(x - x.mean(0))
     p = p / p.sum().clamp(min=1e-12)
-    return {"entropy": entropy.item(), "kl": (losses["dino"].detach() - entropy).item(),
+    return {"entropy": entropy, "kl": dino - entropy,
             "cls_std": (x.std(0).mean() * x.shape[1] ** 0.5).item(), "rank": torch.xlogy(p, p).sum().neg().exp().item()}
 
 def collapse(record, prototypes):

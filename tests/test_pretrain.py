@@ -697,7 +697,7 @@ def test_compiled_run_equals_the_plain_one_and_is_not_compiled_anew_each_step(im
     assert not differences(compiled, train(images, tmp_path / "plain", *flags))
 
 
-def test_two_processes_give_the_losses_of_one(images, tmp_path):
+def test_two_processes_give_the_losses_and_monitors_of_one(images, tmp_path):
     """Global batch and seed fix the result; also the drop path's draws, the anchor and Sinkhorn's sums."""
     kinds = {"anchor": "", "drop": "--drop_path 0.1", "sinkhorn": "--centering sinkhorn"}
     base = [*TINY, *images, *words("--curriculum denoised:1,noisy:1 --anchor 2")]
@@ -717,6 +717,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
         assert [r["step"] for r in two] == list(range(1, 2 * STEPS + 1))
         for a, b in zip(one, two, strict=True):
             names = ["total", "dino", "ibot", "koleo"] + ["anchor_dino", "anchor_ibot"] * (a["phase"] == 1)
+            names += ["entropy", "cls_std", "rank"]
             assert {n: b[n] for n in names} == pytest.approx({n: a[n] for n in names}, rel=1e-4), (k, a["step"])
     assert log(tmp_path / "one anchor")[-1]["dino"] != log(tmp_path / "one drop")[-1]["dino"]
 
