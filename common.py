@@ -206,8 +206,9 @@ def digest(names):
 class Folder:
     """The images of one split. `read(i, source)` gives uint8 (H, W, C) of source noisy, clean or denoised.
     data: DIR with train/ and val/, or, for split 'train', any folder of images. spec: synthetic noise put on at
-    reading, 'none' where the images are noisy already. denoised: folder of the same relative paths, any suffix."""
-    def __init__(self, data, split="train", spec="none", seed=0, denoised=None):
+    reading, 'none' where the images are noisy already. denoised: folder of the same relative paths, any suffix.
+    channels: of the training images, where this is another split; grey serves as colour."""
+    def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None):
         parse_noise(spec)
         self.data, self.spec, self.seed = Path(data), spec, seed
         if not self.data.is_dir():
@@ -222,11 +223,12 @@ class Folder:
             raise UserError(f"{root}: no images found; no such folder, or no .png, .jpg, .tif, .npy or the like in it")
         infos = scan(self.data, self.paths)
         self.sizes, self.bytes = torch.from_numpy(infos[:, :2]), infos[:, 3].tolist()  # (N, 2) height, width
-        channels = {int(k): self.paths[i] for k, i in zip(*np.unique(infos[:, 2], return_index=True), strict=True)}
-        self.channels = max(channels)
-        if set(channels) - {1, 3} and len(channels) > 1:
+        found = {int(k): self.paths[i] for k, i in zip(*np.unique(infos[:, 2], return_index=True), strict=True)}
+        self.channels = channels or max(found)
+        if set(found) - {self.channels, 1 if self.channels == 3 else self.channels}:
             raise UserError(f"{root}: files differ in their number of channels, "
-                            + ", ".join(f"{p} has {c}" for c, p in sorted(channels.items())))
+                            + ", ".join(f"{p} has {c}" for c, p in sorted(found.items()))
+                            + (f", the training images {channels}" if channels else ""))
         self.denoised = denoised and self.match(Path(denoised))
 
     def match(self, root):

@@ -229,6 +229,9 @@ def train(args, device):
         if state["epoch"] == args.epochs and (out / "quality.json").exists():
             c.say(f"{out}: complete, nothing to do")
             return 0
+    val = folder
+    if (Path(args.data) / "val").is_dir():
+        val = c.Folder(args.data, "val", args.noise, args.noise_seed, channels=folder.channels)
     patch, depth = patch_plan(folder.sizes, args.patch)
     batch, mine, steps = c.share(args.batch_size, len(folder))
     torch.manual_seed(args.seed)
@@ -251,6 +254,8 @@ def train(args, device):
             "epoch": epoch, "step": step, "seconds": seconds, "config": config,
             "data": {"channels": folder.channels, "depth": depth, "patch": patch}})
 
+    if rank == 0:
+        c.write_json(out / "config.json", vars(args))
     loop = c.Loop(args, args.epochs * steps, epoch * steps + step, state["seconds"] if state else 0.0, save)
     while epoch < args.epochs:
         order = torch.randperm(len(folder), generator=c.generator(args.seed, 0, epoch))[:steps * batch].view(-1, batch)
@@ -278,18 +283,15 @@ def train(args, device):
         loop.checkpoint(f"epoch {epoch}/{args.epochs}")
     loop.close()
     if rank == 0:
-        report(args, model.eval(), out, device, context)
+        report(args, model.eval(), val, out, device, context)
     return 0
 
-def report(args, model, out, device, context):
+def report(args, model, folder, out, device, context):
     """Measure the finished denoiser on val, or on train where there is no val, and say what to expect of it."""
-    split = "val" if (Path(args.data) / "val").is_dir() else "train"
-    folder = c.Folder(args.data, split, args.noise, args.noise_seed)
     q = quality(model, folder, device, context)
-    c.write_json(out / "config.json", vars(args))
     c.write_json(out / "quality.json", q)
     if args.noise != "none":
-        c.say(f"{split} PSNR in dB      noisy  denoised\n"
+        c.say("PSNR in dB          noisy  denoised\n"
               f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
               f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}")
     if q["autocorrelation"] > 0.25:
@@ -327,11 +329,11 @@ def apply(args, device):
         raise UserError(f"--out {out}: holds images that apply did not make, {strangers[0]} first; name another folder")
     elif rank == 0:
         c.write_json(out / "made_by.json", maker)
-    context, _ = c.autocast(device, args.amp)
+    (context, _), channels = c.autocast(device, args.amp), None
     for split in splits or ["train"]:
-        folder = c.Folder(args.data, split, args.noise, args.noise_seed)
-        if folder.channels != state["data"]["channels"]:
-            raise UserError(f"{args.data}: {folder.channels} channels, not the denoiser's {state['data']['channels']}")
+        folder = c.Folder(args.data, split, args.noise, args.noise_seed, channels=channels)
+        if (channels := folder.channels) != state["data"]["channels"]:
+            raise UserError(f"{args.data}: {channels} channels, not the denoiser's {state['data']['channels']}")
         suffix = ".png" if folder.channels in (1, 3) else ".npy"
         targets = [out / (stem + suffix) for stem in folder.stems()]
 

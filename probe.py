@@ -85,9 +85,10 @@ class Features:
         self.mean, self.std = (torch.tensor(self.config[k], device=device)[:, None, None] for k in ("mean", "std"))
 
     def folder(self, split, spec, denoised=None):
-        folder = c.Folder(self.args.data, split, spec, self.args.noise_seed, denoised)
-        if folder.channels != self.config["channels"]:
-            raise UserError(f"{self.args.data}: {folder.channels} channels, the backbone has {self.config['channels']}")
+        known = self.config["channels"]
+        folder = c.Folder(self.args.data, split, spec, self.args.noise_seed, denoised, known if split == "val" else None)
+        if folder.channels != known:
+            raise UserError(f"{self.args.data}: {folder.channels} channels, the backbone has {known}")
         return folder
 
     @torch.no_grad()
@@ -318,10 +319,11 @@ def pictures(out, arms):
     """samples.png, features.png, robustness.png, curves.png of the first seed of every arm."""
     runs = {arm: next(iter(r)) for arm, r in arms.items()}  # arm -> ARM-seedK
     results = {arm: arms[arm][run] for arm, run in runs.items()}
-    config = next((r for r in results.values() if not r["config"]["denoised"]), next(iter(results.values())))["config"]
+    first = next((r for r in results.values() if not r["config"]["denoised"]), next(iter(results.values())))
+    config, channels = first["config"], first["pretrain"]["channels"]
     denoised = next((d for r in results.values() if (d := r["pretrain"]["denoised"])), None)
     try:
-        folder = c.Folder(config["data"], "val", config["noise"], config["noise_seed"], denoised)
+        folder = c.Folder(config["data"], "val", config["noise"], config["noise_seed"], denoised, channels)
     except UserError as error:  # images moved away: the figures are still worth a report
         print(f"warning: no samples.png and features.png: {error}", file=sys.stderr)
     else:
@@ -406,7 +408,8 @@ def main():
     checking = sys.argv[1:2] == ["check"]
     args = read_config(sys.argv[1 + checking:])
     if checking:
-        return read_labels(*(c.Folder(args.data, split, args.noise) for split in ("train", "val"))) and 0
+        train = c.Folder(args.data, "train", args.noise)
+        return read_labels(train, c.Folder(args.data, "val", args.noise, channels=train.channels)) and 0
     if (out := Path(args.out)).exists():
         c.check_config(c.read_json(out, {"config"})["config"], vars(args), c.FREE | {"data"}, out)
     result = evaluate(args, c.setup(args.device))

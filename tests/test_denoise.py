@@ -372,7 +372,7 @@ def test_spatially_correlated_noise_is_warned_of(tmp_path, capsys, correlated):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 1), dtype=np.uint8)
     save(tmp_path / "data" / "1.png", noise.repeat(2, 0).repeat(2, 1) if correlated else noise)
     args = SimpleNamespace(data=str(tmp_path / "data"), noise="none", noise_seed=0)
-    denoise.report(args, Half(), tmp_path, CPU, common.nullcontext)
+    denoise.report(args, Half(), common.Folder(args.data), tmp_path, CPU, common.nullcontext)
     assert ("correlated" in capsys.readouterr().err) == correlated
 
 

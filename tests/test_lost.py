@@ -84,6 +84,28 @@ def test_every_kind_of_file_is_used_or_refused_by_name_before_training(base, tmp
     assert {*tmp_path.rglob("*")} == before
 
 
+def grey(folder):
+    for path in folder.rglob("*.*"):
+        Image.open(path).convert("L").save(path)
+
+
+def test_grey_val_serves_as_colour_in_every_stage_and_the_reverse_is_refused_before_training(base, tmp_path):
+    shutil.copytree(base, root := tmp_path / "good")
+    for part in ("denoiser", "denoised", "pretrain", "probe"):
+        shutil.rmtree(root / "runs" / part)
+    grey(root / "data/val")
+    for stage, out in (("check", "-"), ("train", "denoiser"), ("apply", "denoised"), ("pretrain", "pretrain/nct-seed0"),
+                       ("probe", "probe/nct-seed0.json"), ("report", "")):
+        code, text = call(MAINS[stage], arguments(stage, root / "runs", root / "data", root / "runs" / out))
+        assert code == 0 and "no samples.png" not in text, text
+    shutil.copytree(base / "data", reverse := tmp_path / "reverse")
+    grey(reverse / "train")
+    for stage in ("check", "train"):
+        code, text = call(MAINS[stage], arguments(stage, root / "runs", reverse, tmp_path / stage))
+        assert code == 2 and "has 3, the training images 1" in one_line(text)
+        assert not (tmp_path / stage).exists()
+
+
 # ======================================================================================================
 # the scan
 # ======================================================================================================
