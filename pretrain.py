@@ -154,8 +154,8 @@ def load_weights(module, state):
         raise UserError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from None
 
 def load_backbone(model, state):
-    """Weights of DINOv2, timm or our own into `model`, position embedding resized; gives a message on what was left.
-    Raises UserError where a shape does not fit."""
+    """Weights of DINOv2, timm or our own into `model`, position embedding resized, LayerScale 1 where they have none;
+    gives a message on what was left. Raises UserError where a shape does not fit."""
     own = model.state_dict()
     state = {k.removeprefix("module.").removeprefix("backbone.").replace("reg_token", "register_tokens"): v
              for k, v in state.items() if torch.is_tensor(v)}
@@ -169,6 +169,9 @@ def load_backbone(model, state):
         raise UserError(f"--init_backbone: other shapes: {', '.join(wrong)}; use the weights' --arch and --patch_size")
     if not set(own) & set(state):
         raise UserError("--init_backbone: holds no weight of a ViT; give a flat dict of tensors, as backbone.pth is")
+    scales = {k for k in own if k.endswith(".gamma")}
+    if "blocks.0.norm1.weight" in state and not scales & set(state):  # a ViT without LayerScale: it is 1
+        state |= {k: torch.ones_like(own[k]) for k in scales}
     missing, unexpected = model.load_state_dict(state, strict=False)
     return f"--init_backbone: missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
 

@@ -86,7 +86,8 @@ class Features:
 
     def folder(self, split, spec, denoised=None):
         known = self.config["channels"]
-        folder = c.Folder(self.args.data, split, spec, self.args.noise_seed, denoised, known if split == "val" else None)
+        expected = known if split == "val" else None
+        folder = c.Folder(self.args.data, split, spec, self.args.noise_seed, denoised, expected)
         if folder.channels != known:
             raise UserError(f"{self.args.data}: {folder.channels} channels, the backbone has {known}")
         return folder

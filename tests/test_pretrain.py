@@ -786,6 +786,21 @@ def test_init_backbone_names_what_is_missing_and_unexpected():
     assert torch.equal(model.state_dict()["register_tokens"], expected)
 
 
+@torch.no_grad()
+def test_init_backbone_without_layer_scale_gives_the_features_of_a_vit_that_has_none():
+    """That is one whose LayerScale is 1, whatever --layer_scale says."""
+    torch.manual_seed(0)
+    theirs, ours = (common.make_vit("16,2,2", 8, img_size=32, init_values=v).eval() for v in (1.0, 1e-5))
+    message = pretrain.load_backbone(ours, {k: v for k, v in theirs.state_dict().items() if "gamma" not in k})
+    assert message.endswith("missing: none; unexpected: none")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours(x), theirs(x))
+    only_patches = {k: v for k, v in theirs.state_dict().items() if k.startswith("patch_embed")}
+    other = common.make_vit("16,2,2", 8, img_size=32, init_values=1e-5)
+    pretrain.load_backbone(other, only_patches)
+    assert (other.blocks[0].ls1.gamma == 1e-5).all()
+
+
 def test_init_backbone_of_a_file_without_a_vit_is_refused():
     model = common.make_vit("16,2,2", 8, img_size=32)
     with pytest.raises(UserError, match="no weight of a ViT"):
