@@ -232,7 +232,10 @@ class Folder:
         self.denoised = denoised and self.match(Path(denoised))
 
     def match(self, root):
-        """The denoised file of each image. Raises UserError where one is missing or of another size than the image."""
+        """The denoised file of each image. Raises UserError where one is missing, of another size than the image, or
+        made by denoise.py of other noise."""
+        if (note := root / "made_by.json").exists():
+            check_config(read_json(note), {"noise": self.spec, "noise_seed": self.seed}, {"denoiser"}, root)
         found, stems = {os.path.splitext(p)[0]: p for p in list_images(root)}, self.stems()
         if lacking := [p for p, stem in zip(self.paths, stems, strict=True) if stem not in found]:
             raise UserError(f"{root}: {len(lacking)} of {len(self)} denoised images are missing, {lacking[0]} "

@@ -1630,6 +1630,20 @@ def test_denoised_image_of_another_size_is_refused_with_both_names(colour, tmp_p
         common.Folder(colour, denoised=tmp_path / "denoised")
 
 
+@pytest.mark.parametrize(("spec", "seed", "message"), [
+    ("gauss50", 0, None), ("gauss100", 0, "--noise gauss50 (now gauss100)"), ("gauss50", 5, "--noise_seed 0 (now 5)")])
+def test_denoised_copy_of_other_noise_is_refused(colour, tmp_path, spec, seed, message):
+    for path in common.Folder(colour).paths:
+        save(tmp_path / path, photo(0, *np.asarray(Image.open(colour / path)).shape))
+    common.write_json(tmp_path / "made_by.json", {"denoiser": "0", "noise": "gauss50", "noise_seed": 0})
+    if message:
+        with pytest.raises(UserError) as error:
+            common.Folder(colour, spec=spec, seed=seed, denoised=tmp_path)
+        assert message in str(error.value) and str(tmp_path) in str(error.value)
+    else:
+        assert common.Folder(colour, spec=spec, seed=seed, denoised=tmp_path).read(0, "denoised").any()
+
+
 def test_two_images_that_differ_in_suffix_alone_do_not_share_a_denoised_image(tmp_path):
     save(tmp_path / "data" / "1.png", photo(0, 8, 8))
     save(tmp_path / "data" / "1.bmp", photo(1, 8, 8))
