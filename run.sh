@@ -5,7 +5,7 @@ usage() {
   cat <<'TEXT'
 bash run.sh                    demonstration on built-in images (runs/demo), about 13 minutes on two CPU cores
 bash run.sh test [flags]       the test suite; or a part of it, by flags of pytest: -k noise
-bash run.sh --data DIR [options] [-- any pretrain.py flag]
+bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
   --noise SPEC      synthetic noise: gauss100, shot3, speckle0.4, rician60, impulse0.3, gauss50-255; none (default):
                     the images are noisy already
@@ -30,6 +30,12 @@ while [ $mode = run ] && [ $# -gt 0 ]; do
     --) shift; extra=("$@"); break ;;
     -h|--help) usage; exit 0 ;;
     *) usage >&2; fail "unknown argument $1" ;;
+  esac
+done
+for flag in ${extra[@]+"${extra[@]}"}; do
+  case ${flag%%=*} in  # every run would be the same one, or the stages would differ in their images
+    --arm|--curriculum|--seed|--out|--fork) fail "-- $flag: differs from run to run; use --arms, --seeds, --out, or pretrain.py itself" ;;
+    --data|--noise|--noise_seed|--preset|--denoised) fail "-- $flag: is for all stages; give it before --, or run the stages one by one" ;;
   esac
 done
 

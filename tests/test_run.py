@@ -68,6 +68,9 @@ def unknown_class(data):
 @pytest.mark.parametrize("flags, spoil, message", [
     (["--nose", "gauss100"], None, "unknown argument --nose"),
     (["--noise"], None, "--noise needs a value"),
+    (["--", "--epochs", "3", "--seed", "1"], None, "-- --seed: differs from run to run; use --arms, --seeds"),
+    (["--", "--curriculum=noisy:3"], None, "-- --curriculum=noisy:3: differs from run to run"),
+    (["--", "--noise_seed", "1"], None, "-- --noise_seed: is for all stages"),
     (["--noise", "gaus100"], None, "--noise gaus100: unknown noise"),
     (["--data", "nowhere"], None, "--data nowhere: no such folder"),
     ([], no_image, "no images found"),
