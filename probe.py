@@ -103,12 +103,14 @@ class Features:
     def __call__(self, folder, source, name, views=0, through_denoiser=False):
         """Features of every image in order: (1 + views, N, 5, D), the central crop first; on the first process only."""
         args, size = self.args, self.args.img_size
-        (rank, processes), blocks = c.world(), []
+        rank, processes = c.world()
         batches = torch.arange(len(folder)).split(64)  # the same in any number of processes
         shares = [batches[r::processes] for r in range(processes)]
+        out = torch.empty(1 + views, len(folder), 5, self.model.embed_dim) if rank == 0 else None
         loader = c.Batches(folder, [source], self.device, 0.0, args.workers)  # streamed: each image is needed once
-        for index, ((images,), sizes) in zip(tqdm(shares[rank], name, leave=False, disable=rank > 0 or None),
-                                             loader.epoch([b.tolist() for b in shares[rank]]), strict=True):
+        for k, (index, ((images,), sizes)) in enumerate(zip(
+                tqdm(shares[rank], name, leave=False, disable=rank > 0 or None),
+                loader.epoch([b.tolist() for b in shares[rank]]), strict=True)):
             if through_denoiser:
                 images = denoise.denoise_ragged(self.denoiser, images, sizes, self.context)
             flips = torch.zeros(len(index), dtype=torch.bool)
@@ -117,18 +119,16 @@ class Features:
                 gen = c.generator(args.seed, 2, v, int(index[0]))
                 boxes, flips = c.draw_boxes(sizes, (0.08, 1), gen), torch.rand(len(index), generator=gen) < 0.5
                 crops.append(c.resample(images, sizes, boxes, flips, size, 255.0))
-            blocks.append(torch.stack([self.embed(x / 255) for x in crops]).cpu())  # (1 + views, B, 5, D)
-        if rank > 0:
-            for block in blocks:
+            block = torch.stack([self.embed(x / 255) for x in crops]).cpu()  # (1 + views, B, 5, D)
+            if rank > 0:
                 dist.send(block, 0)
-            return None
-        out = torch.empty(1 + views, len(folder), 5, self.model.embed_dim)
-        for r, share in enumerate(shares):
-            for k, index in enumerate(share):
-                block = blocks[k] if r == 0 else torch.empty(1 + views, len(index), *out.shape[2:])
-                if r > 0:
+                continue
+            out[:, index] = block
+            for r in range(1, processes):  # the batches that the others have made meanwhile
+                for index in shares[r][k:k + 1]:
+                    block = torch.empty(1 + views, len(index), *out.shape[2:])
                     dist.recv(block, r)
-                out[:, index] = block
+                    out[:, index] = block
         return out
 
 # ==== linear probe: the 52 heads of DINOv2's protocol, trained at once ==============================================

@@ -1,6 +1,7 @@
 """Nothing is lost: the scan of a folder and its cache, full disks, moved folders, damaged files, signals, failing
 processes. Broken input at random and kills at random moments are in test_fuzz.py."""
 
+import itertools
 import json
 import math
 import os
@@ -504,7 +505,9 @@ def test_two_processes_denoise_as_one_to_the_bit_and_a_run_of_two_goes_on_with_o
 
 
 def test_two_processes_probe_as_one_to_the_bit(base, tmp_path):
-    argv = [*arguments("probe", base / "runs", base / "data", tmp_path / "probe/two.json"), "--views", "1"]
+    for split, k in itertools.product(("train", "val"), ("cat", "dog")):
+        images(tmp_path / "data" / split / k, 70)  # three batches of 64 a split: two and one
+    argv = [*arguments("probe", base / "runs", tmp_path / "data", tmp_path / "probe/two.json"), "--views", "1"]
     done = script("probe", *argv, launch=TWO)
     assert done.returncode == 0 and done.stdout.count("linear") == 1, done.stdout + done.stderr
     code, text = call(MAINS["probe"], [*argv, "--out", tmp_path / "probe/one.json"])
