@@ -227,10 +227,14 @@ def read_labels(train, val):
         raise UserError(f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth")
     return names, y, val_y
 
-def evaluate(args, device):
-    """All figures of one backbone as a dict; of several processes the first gives it, the others None."""
+def evaluate(args, device, saved=None):
+    """All figures of one backbone as a dict; of several processes the first gives it, the others None. None, too, where
+    `saved`, an earlier result, is of the same images and training."""
     features, started = Features(args, device), c.now()
     train, val = (features.folder(split, args.noise, args.denoised) for split in ("train", "val"))
+    of = {"files": [str(train), str(val)], "pretrain": features.config, "summary": features.summary}
+    if saved and all(saved.get(k) == v for k, v in of.items()):
+        return c.say(f"{args.out}: complete, nothing to do")
     names, y, val_y = read_labels(train, val)
     source = "denoised" if args.denoised else "noisy"
     x, val_x, tests = features(train, source, "train", args.views), features(val, source, "val"), []
@@ -253,8 +257,7 @@ def evaluate(args, device):
         if spec == "none":
             result |= {"clean_linear": result["sweep"][-1]["linear"], **neighbours(z, "clean_"),
                        "cosine": float(F.cosine_similarity(val_x[:, 0], z[:, 0]).mean())}
-    return {**result, "seconds": c.now() - started, "config": vars(args), "pretrain": features.config,
-            "summary": features.summary}
+    return {**result, "seconds": c.now() - started, "config": vars(args), **of}
 
 def sweep_specs(spec, strengths=(0, 0.25, 0.5, 0.75, 1, 1.5, 2)):
     """Test-noise levels of the robustness curve: [(strength relative to the pretraining level, spec), ...]."""
@@ -411,9 +414,11 @@ def main():
     if checking:
         train = c.Folder(args.data, "train", args.noise)
         return read_labels(train, c.Folder(args.data, "val", args.noise, channels=train.channels)) and 0
-    if (out := Path(args.out)).exists():
-        c.check_config(c.read_json(out, {"config"})["config"], vars(args), c.FREE | {"data"}, out)
-    result = evaluate(args, c.setup(args.device))
+    saved, out = None, Path(args.out)
+    if out.exists():
+        saved = c.read_json(out, {"config"})
+        c.check_config(saved["config"], vars(args), c.FREE | {"data"}, out)
+    result = evaluate(args, c.setup(args.device), saved)
     if result:
         c.write_json(out, result)
         c.say(f"{out.stem}:", *(f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result))

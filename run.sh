@@ -137,7 +137,6 @@ pretrain() {  # arm, then more flags
 probe() {
   local arm=$1 run=$out/pretrain/$1-seed$seed result=$out/probe/$1-seed$seed.json flags=()
   [ -n "$probes" ] || return 0
-  [ "$result" -nt "$run/backbone.pth" ] && { echo "== $result: done =="; return; }
   [ "$arm" != clean ] || flags=(--noise none)  # probe and test see what pretraining saw: the upper bound, clean images
   [ "$arm" != denoised ] || flags=(--denoised "$denoised")
   [ "$arm" != denoised ] || [ ! -d "$out/denoiser" ] || flags+=(--denoiser "$out/denoiser")

@@ -557,6 +557,24 @@ def test_signals_stop_the_chain_between_two_stages_too(base, tmp_path):
     assert done.returncode == 75 and not (tmp_path / "out").exists(), done.stderr
 
 
+def test_probe_is_made_again_only_where_its_images_or_its_backbone_changed(base, tmp_path):
+    for part in ("data", "runs"):
+        shutil.copytree(base / part, tmp_path / part)
+    out, run = tmp_path / "figures.json", tmp_path / "runs/pretrain/nct-seed0"
+
+    def probed():
+        before = out.read_bytes() if out.exists() else b""
+        code, text = call(probe.main, arguments("probe", tmp_path / "runs", tmp_path / "data", out))
+        assert code == 0 and ("complete, nothing to do" in text) == (out.read_bytes() == before)
+        return out.read_bytes() != before
+
+    assert probed() and not probed()
+    Image.fromarray(picture(np.random.default_rng(9), 20, 24)).save(tmp_path / "data/val/cat/0.png")
+    assert probed() and not probed()
+    common.write_json(run / "summary.json", {**common.read_json(run / "summary.json"), "seconds": 99.0})  # trained anew
+    assert probed() and not probed()
+
+
 def test_config_files_are_json_of_what_was_asked_for(base):
     config = json.loads((base / "runs/pretrain/nct-seed0/config.json").read_text())
     assert config["data"] == str(base / "data") and config["files"].startswith("12 images of 3 channels, ")
