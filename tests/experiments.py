@@ -123,6 +123,7 @@ DENOISER = {"denoiser-search": ("gauss100", "search", []),
             "denoiser-weak-gauss100": ("gauss100", "data", ["--epochs", "1"]),
             "denoiser-weak-gauss255": ("gauss255", "data", ["--epochs", "1"]),
             "denoiser-redrawn-gauss100": ("gauss100", "redrawn", ["--epochs", "1"]),
+            "denoiser-long-gauss100": ("gauss100", "data", ["--epochs", str(EPOCHS)]),  # as many steps
             **{f"denoiser-{noise}-kodak": (noise, "kodak", ["--epochs", "800", "--patch", "64"]) for noise in KODAK}}
 
 
@@ -267,7 +268,8 @@ class Runner:
         jobs = {name: (lambda name=name: self.run(name)) for name, run in self.runs.items() if run.probed}
         jobs |= {f"clean-head-{name}": (lambda name=name: self.run(name, clean=True)) for name in self.runs
                  if re.fullmatch(r"gauss100-(noisy|nc|nct|denoised)-seed\d", name)}
-        jobs |= {"denoiser-redrawn-gauss100": lambda: self.denoiser("denoiser-redrawn-gauss100"), "cost": self.cost}
+        jobs |= {name: (lambda name=name: self.denoiser(name)) for name in DENOISER if re.search("redrawn|long", name)}
+        jobs |= {"cost": self.cost}
         if self.args.kodak:
             jobs |= {f"kodak-{noise}": (lambda noise=noise: self.kodak(noise)) for noise in KODAK}
         return jobs
