@@ -118,8 +118,9 @@ def ends_whole(path):
         return file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))  # JPEG, PNG
 
 def read_image(path, header=False):
-    """One file, upright, in its own depth: (H, W, C) of any real dtype; palette, alpha and CMYK become RGB. Raises
-    UserError for what is no whole image. header: zeros of the shape for a PNG or JPEG that ends as it should."""
+    """One file, upright: (H, W, C) of any real dtype, in its own depth but for colour, of which Pillow gives 8 bit;
+    palette, alpha and CMYK become RGB. Raises UserError for what is no whole image. header: zeros of the shape for a
+    PNG or JPEG that ends as it should."""
     try:
         if not path.is_file():  # a pipe would wait for ever
             raise OSError("not a file" if path.exists() else "it is gone, or a link to nothing; was the folder moved?")

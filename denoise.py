@@ -1,8 +1,8 @@
 """Stage 1: Neighbor2Neighbor on noisy images alone (arXiv 2101.02824), then a denoised copy of the data set.
 
-    python denoise.py train --data DIR --noise gauss100 --out OUT/denoiser --preset tiny
-    python denoise.py apply --data DIR --noise gauss100 --denoiser OUT/denoiser --out OUT/denoised
-    torchrun --nproc_per_node 8 denoise.py train ...        (apply too: each process takes its share of the files)
+    python denoise.py train --preset tiny --data DIR --noise gauss100 --out OUT/denoiser
+    python denoise.py apply --preset tiny --data DIR --noise gauss100 --denoiser OUT/denoiser --out OUT/denoised
+    torchrun --nproc_per_node 4 -- denoise.py train ...     (processes divide the batch; apply: they share the files)
 
 In: DIR/{train,val}/... or any folder of images. Out of train: checkpoint.pth, log.jsonl, config.json, quality.json.
 Out of apply: the same relative paths below OUT/denoised, 8-bit .png (.npy where channels are not 1 or 3).

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 pretrain.py --preset imagenet100 --data DIR --curriculum noisy:200 --out OUT/noisy
 
 In: any folder of images, or DIR/train, and its denoised copy. Out: checkpoint.pth, log.jsonl, config.json, and at the
-end backbone.pth (the teacher's ViT). Interrupted, it exits with code 75; the same command goes on, bit for bit.
+end backbone.pth (the teacher's ViT) and summary.json. Interrupted, it exits with code 75; the same command goes on, on
+CPUs bit for bit.
 """
 
 import copy
@@ -51,10 +52,10 @@ def read_config(argv=None):
     parser.add("data", "--denoised", None, "folder of denoised images, same relative paths")
     cur("--arm", "nct", "an arm of the paper, made of --epochs and --switch", choices=ARMS)
     cur("--epochs", 200, "epochs of an arm in all")
-    cur("--switch", 140, "epochs on denoised images in nc and nct; 0.5-0.8 of all is usual")
+    cur("--switch", 140, "epochs on denoised images in nc and nct; 0.3-0.8 of all is usual")
     cur("--curriculum", None, "instead of --arm: SOURCE:EPOCHS[/SCHEDULE],...; noisy, denoised or clean")
     cur("--restart", True, "optimiser and schedules start anew at a switch; essential")
-    cur("--anchor", None, "weight of the denoised teacher; 1-5 is usual, 0 is off", type=float)
+    cur("--anchor", None, "weight of the denoised teacher, 1-5 is usual; if not given, the preset's in nct", type=float)
     cur("--anchor_from", None, "checkpoint whose teacher is the anchor, instead of the previous phase's")
     cur("--anchor_head", "frozen", "its own or the live teacher's", choices=["frozen", "live"])
     cur("--init", None, "checkpoint whose student, teacher, heads and centres start the first phase")

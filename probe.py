@@ -1,6 +1,6 @@
 """Stage 3: what a frozen backbone is worth on noisy images: linear probe, k-NN, retrieval, robustness; the report.
 
-    python probe.py --data DIR --noise gauss100 --run OUT/pretrain/nct-seed0 --out OUT/probe/nct-seed0.json
+    python probe.py --preset tiny --data DIR --noise gauss100 --run OUT/nct --out OUT/nct.json
     torchrun --nproc_per_node 8 -- probe.py ...          (each process embeds its share of the images)
     python probe.py check --data DIR --run - --out -     (labels and headers only, before the long stages)
     python probe.py report runs/NAME                     (results.md, results.json, four pictures)
@@ -35,7 +35,7 @@ NEIGHBORS = (10, 20, 100, 200)
 def read_config(argv=None):
     parser = c.Parser(__doc__, PRESETS)
     add = parser.add
-    add("data", "--run", "", "folder of a finished run of pretrain.py: backbone.pth and config.json", required=True)
+    add("data", "--run", "", "folder of a finished run: backbone.pth, config.json, summary.json", required=True)
     add("data", "--denoised", None, "probe on these denoised images instead of the noisy ones (arm denoised)")
     add("data", "--denoiser", None, "with --denoised: the denoiser that clean and other test images go through")
     add("protocol", "--img_size", 224, "pixels that the backbone sees")
@@ -71,8 +71,8 @@ def central_boxes(sizes, resize, crop):
     return torch.cat([(sizes - side) / 2, side, side], 1)
 
 class Features:
-    """Reads a split and gives features (N, 5, D): class tokens of the last 4 blocks, the last first, then the last
-    block's mean patch token. With fewer blocks the first one is repeated."""
+    """Reads a split and gives features: 5 tokens of width D an image, the class tokens of the last 4 blocks, the last
+    first, then the last block's mean patch token. With fewer blocks the first one is repeated."""
 
     def __init__(self, args, device):
         self.args, self.device = args, device

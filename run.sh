@@ -121,8 +121,9 @@ fi
 
 if [[ " $arms " =~ \ (denoised|nc|nct)\  ]] && [ -z "$denoised" ]; then
   denoised=$out/denoised
-  few=$gpus  # the denoiser's batch of 4 is for 1, 2 or 4 processes
-  while [ $((4 % few)) -ne 0 ]; do few=$((few - 1)); done
+  few=$gpus batch=4  # the denoiser's, of which each process takes a part
+  [ "$preset" != imagenet1k ] || batch=8
+  while [ $((batch % few)) -ne 0 ]; do few=$((few - 1)); done
   processes $few
   stage "${launch[@]}" "$here/denoise.py" train "${common[@]}" --out "$out/denoiser"
   processes "$gpus"

@@ -5,7 +5,7 @@
     python tests/experiments.py                                            results/experiments/README.md alone
     python tests/experiments.py --list                                     the names
 
-Every run leaves results/experiments/NAME.json: its figures, configuration, commands, date and machine. What has one is
+Every run leaves results/experiments/NAME.json: figures, configuration, commands, date and machine. What has one is
 not run again, and an interrupted run goes on.
 """
 
