@@ -45,13 +45,15 @@ LONG = SWITCH + 3 * (EPOCHS - SWITCH)
 # prefix of a run's name -> flags of pretrain.py, epochs, switch; the rate is the best on the held-out part
 RECIPES = {"": ([], EPOCHS, SWITCH), "patch16-": ([*PATCH16, "--lr", "0.008"], 20, 12)}
 # what is searched, for every arm alike: name -> (label, flags of pretrain.py); first the rate, then all else beside it
-SEARCH = {f"{name}lr{rate}": (f"rate {rate}{said}", [*flags, "--lr", rate]) for name, said, flags in (
-    ("", "", []), ("patch16-", ", patches of 16, 20 epochs", PATCH16)) for rate in (0.004, 0.008, 0.016)}
+SEARCH = {f"{name}lr{rate}": (f"rate {rate}{said}", [*flags, "--lr", rate]) for name, said, flags, rates in (
+    ("", "", [], (0.004, 0.008)), ("patch16-", ", patches of 16, 20 epochs", PATCH16, (0.004, 0.008, 0.016)))
+    for rate in rates}
 SEARCH |= {f"patch16-{flag}{x}": (f"{flag} {x}, rate 0.008, patches of 16", [*RECIPES["patch16-"][0], f"--{flag}", x])
            for flag, x in (("batch_size", 32), ("momentum", 0.97), ("prototypes", 2048), ("local_crops", 4))}
 ABLATED = (("gauss100", ""), ("gauss255", "patch16-"))  # each noise by a recipe that learns there
 KODAK = ("gauss25", "gauss50")
-GAPS = (("nc", "noisy"), ("nct", "noisy"), ("nct", "nc"), ("nc", "denoised"), ("nct", "denoised"))  # seed by seed
+GAPS = (("nc", "noisy"), ("nct", "noisy"), ("nct", "nc"), ("nc", "denoised"), ("nct", "denoised"),
+        ("nc", "norestart"))  # seed by seed
 
 
 def switches(epochs):
@@ -103,7 +105,9 @@ def plan():
         for weight in ANCHORS:
             add(f"{name}-anchor{weight}", noise, *base, "--arm", "nct", "--anchor", weight, denoiser=own, fork=first)
         add(f"{name}-live", noise, *base, "--arm", "nct", "--anchor_head", "live", denoiser=own, fork=first)
-        add(f"{name}-norestart", noise, *base, "--arm", "nc", "--no-restart", denoiser=own)
+        for seed in SEEDS:
+            add(f"{name}-norestart-seed{seed}", noise, "--seed", seed, *recipe, "--arm", "nc", "--no-restart",
+                denoiser=own)
         arms(noise, ("nc", "nct"), prefix=f"weak-{prefix}", flags=recipe, denoiser=f"denoiser-weak-{noise}")
     # three times the noisy phase, and a baseline that is as long
     long = ["--curriculum", f"denoised:{SWITCH}/{EPOCHS},noisy:{LONG - SWITCH}"]
@@ -314,10 +318,10 @@ def tables(folder):
                 all_[f"{base}-{a} less {b}-seed{seed}"] = {
                     k: x[k] - y[k] for k in ("linear", "clean_linear", "knn20", "clean_knn20", "cosine")}
         groups = [(arm, [f"{prefix}{'gauss100' if arm == 'clean' else noise}-{arm}-seed{s}" for s in SEEDS])
-                  for arm in (*ARMS, *(f"{a} less {b}" for a, b in GAPS))]
+                  for arm in (*ARMS, "norestart", *(f"{a} less {b}" for a, b in GAPS))]
         text += rows(f"Arms, {title}", groups)
         lines = {}
-        for arm, names in groups:
+        for arm, names in groups[:len(ARMS)]:
             sweeps = [all_[n]["sweep"] for n in names if "sweep" in all_.get(n, {})]
             if sweeps:
                 lines[arm] = [(s["strength"], float(np.mean([x[i]["linear"] for x in sweeps])))
@@ -336,7 +340,7 @@ def tables(folder):
         name, (_, epochs, switch) = f"{prefix}{noise}", RECIPES[prefix]
         seed0 = [(f"{arm}, as above", [f"{name}-{arm}-seed0"]) for arm in ("noisy", "nc", "nct")]
         part = [(f"switch at epoch {k} of {epochs}, nc", [f"{name}-switch{k}"]) for k in switches(epochs)]
-        part += [("nc without restart", [f"{name}-norestart"]), ("nct, live head", [f"{name}-live"])]
+        part += [("norestart: nc without", [f"{name}-norestart-seed0"]), ("nct, live head", [f"{name}-live"])]
         part += [(f"nct, anchor {w}", [f"{name}-anchor{w}"]) for w in ANCHORS]
         part += [(f"{arm}, denoiser of one epoch", [f"weak-{name}-{arm}-seed0"]) for arm in ("nc", "nct")]
         part += [("noisy, noise redrawn every epoch", [f"{name}-redrawn"])]
