@@ -54,7 +54,7 @@ def read_config(argv=None):
     cur("--epochs", 200, "epochs of an arm in all")
     cur("--switch", 140, "epochs on denoised images in nc and nct; 0.3-0.8 of all is usual")
     cur("--curriculum", None, "instead of --arm: SOURCE:EPOCHS[/SCHEDULE],...; noisy, denoised or clean")
-    cur("--restart", True, "optimiser and schedules start anew at a switch; essential")
+    cur("--restart", True, "optimiser and schedules start anew at a switch; essential in the paper")
     cur("--anchor", None, "weight of the denoised teacher, 1-5 is usual; if not given, the preset's in nct", type=float)
     cur("--anchor_from", None, "checkpoint whose teacher is the anchor, instead of the previous phase's")
     cur("--anchor_head", "frozen", "its own or the live teacher's", choices=["frozen", "live"])

@@ -44,12 +44,11 @@ NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")
 LONG = SWITCH + 3 * (EPOCHS - SWITCH)
 # prefix of a run's name -> flags of pretrain.py, epochs, switch; the rate is the best on the held-out part
 RECIPES = {"": ([], EPOCHS, SWITCH), "patch16-": ([*PATCH16, "--lr", "0.008"], 20, 12)}
-# what is searched, for every arm alike: name -> (label, flags of pretrain.py); first the rate, then all else beside it
+# what is searched, for every arm alike: name -> (label, flags of pretrain.py); first the rate, then the batch
 SEARCH = {f"{name}lr{rate}": (f"rate {rate}{said}", [*flags, "--lr", rate]) for name, said, flags, rates in (
     ("", "", [], (0.004, 0.008)), ("patch16-", ", patches of 16, 20 epochs", PATCH16, (0.004, 0.008, 0.016)))
     for rate in rates}
-SEARCH |= {f"patch16-{flag}{x}": (f"{flag} {x}, rate 0.008, patches of 16", [*RECIPES["patch16-"][0], f"--{flag}", x])
-           for flag, x in (("batch_size", 32), ("momentum", 0.97), ("prototypes", 2048), ("local_crops", 4))}
+SEARCH["patch16-batch_size32"] = "batch 32, rate 0.008, patches of 16", [*RECIPES["patch16-"][0], "--batch_size", "32"]
 ABLATED = (("gauss100", ""), ("gauss255", "patch16-"))  # each noise by a recipe that learns there
 KODAK = ("gauss25", "gauss50")
 GAPS = (("nc", "noisy"), ("nct", "noisy"), ("nct", "nc"), ("nc", "denoised"), ("nct", "denoised"),
@@ -116,6 +115,10 @@ def plan():
             add(f"long-gauss255-{arm}-seed{seed}", "gauss255", "--seed", seed, *flags, denoiser="denoiser-gauss255",
                 fork=f"gauss255-phase1-seed{seed}")
         arms("gauss255", ["noisy"], seed, "long-", ["--epochs", LONG])
+    # whether the restart matters more then, where noisy images teach
+    add("long-gauss100-nc-seed0", "gauss100", "--seed", 0, *long, denoiser="denoiser-gauss100",
+        fork="gauss100-phase1-seed0")
+    add("long-gauss100-norestart-seed0", "gauss100", "--seed", 0, *long, "--no-restart", denoiser="denoiser-gauss100")
     # noise drawn anew at every reading: as many copies of each image, each with its own draw, and one epoch of them
     once = ["--seed", 0, "--curriculum", "noisy:1", "--warmup_epochs", 0.2, "--freeze_last_epochs", 0]
     add("gauss100-redrawn", "gauss100", *once, data="redrawn")
