@@ -291,7 +291,8 @@ def report(args, model, folder, out, device, context):
     q = quality(model, folder, device, context)
     c.write_json(out / "quality.json", q)
     if args.noise != "none":
-        c.say("PSNR in dB          noisy  denoised\n"
+        split = "val  " if folder.paths[0].startswith("val/") else "train"
+        c.say(f"{split} PSNR in dB    noisy  denoised\n"
               f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
               f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}")
     if q["autocorrelation"] > 0.25:
