@@ -401,6 +401,8 @@ def chart(panels, width=620, height=340):
                       for x, y in series.get(name, [])]
             if points:
                 draw.line(points, color, 2)
+                if len(points) == 1:  # a run of one log line is seen, too
+                    draw.ellipse([v + d for d in (-3, 3) for v in points[0]], color)
                 draw.text((left + w + 10, top + 16 * i), name, color, small)
     return sheet
 

@@ -565,6 +565,11 @@ def test_chart_draws_the_values_where_they_belong():
     assert abs(level[:, 0].mean() - (rising[:, 0].min() + rising[:, 0].max()) / 2) < 3
 
 
+def test_chart_shows_a_single_value():
+    sheet = np.asarray(probe.chart([("t", {"noisy": [(10, 1)]})])).astype(int)[:, :520]  # without the legend
+    assert (np.abs(sheet - [0xD6, 0x27, 0x28]).sum(2) < 30).sum() > 20
+
+
 def test_report_on_an_empty_folder_is_one_line_with_code_2(tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, "report", tmp_path) == 2
     error = capsys.readouterr().err
