@@ -323,7 +323,8 @@ def pictures(out, arms):
     """samples.png, features.png, robustness.png, curves.png of the first seed of every arm."""
     runs = {arm: next(iter(r)) for arm, r in arms.items()}  # arm -> ARM-seedK
     results = {arm: arms[arm][run] for arm, run in runs.items()}
-    first = next((r for r in results.values() if not r["config"]["denoised"]), next(iter(results.values())))
+    # an arm that is probed on noisy images, if there is one; the clean arm's probe knows of no noise
+    first = max(results.values(), key=lambda r: (r["config"]["noise"] != "none", not r["config"]["denoised"]))
     config, channels = first["config"], first["pretrain"]["channels"]
     denoised = next((d for r in results.values() if (d := r["pretrain"]["denoised"])), None)
     try:

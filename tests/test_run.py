@@ -133,6 +133,20 @@ def test_chain_prints_the_table_and_leaves_report_and_pictures(chain):
     assert found["noisy-seed0"]["map"] != found["nct-seed0"]["map"]
 
 
+def test_pictures_are_the_same_where_denoised_and_clean_are_the_only_arms(chain, tmp_path):
+    """The clean arm's probe knows of no noise, but the pictures show it."""
+    shutil.copytree(chain[2], out := tmp_path / "out")
+    for source, arm, change in (("noisy", "clean", {"noise": "none"}), ("nct", "denoised", {"denoised": "there"})):
+        result = json.loads((out / f"probe/{source}-seed0.json").read_text())
+        result["config"] |= change
+        (out / f"probe/{arm}-seed0.json").write_text(json.dumps(result))
+        (out / f"probe/{source}-seed0.json").unlink()
+        (out / f"pretrain/{source}-seed0").rename(out / f"pretrain/{arm}-seed0")
+    (out / "samples.png").unlink()
+    subprocess.run([sys.executable, ROOT / "probe.py", "report", out], check=True, cwd=chain[2].parent)
+    assert (out / "samples.png").read_bytes() == (chain[2] / "samples.png").read_bytes()
+
+
 def test_chain_trains_the_shared_first_phase_once(chain):
     _, done, out = chain
     assert done.stdout.count("--arm phase1") == 1
