@@ -1,16 +1,18 @@
-"""Stage 1: Neighbor2Neighbor on noisy images alone (arXiv 2101.02824), then a denoised copy of the data set.
+"""Stage 1: Neighbor2Neighbor on noisy images alone (arXiv 2101.02824), then a denoised copy of the
+data set.
 
     python denoise.py train --preset tiny --data DIR --noise gauss100 --out OUT/denoiser
-    python denoise.py apply --preset tiny --data DIR --noise gauss100 --denoiser OUT/denoiser --out OUT/denoised
-    torchrun --nproc_per_node 4 -- denoise.py train ...     (processes divide the batch; apply: they share the files)
+    python denoise.py apply --preset tiny --data DIR --noise gauss100 --denoiser OUT/denoiser \\
+        --out OUT/denoised
+    torchrun --nproc_per_node 4 -- denoise.py train ...   (processes divide the batch, or the files)
 
-In: DIR/{train,val}/... or any folder of images. Out of train: checkpoint.pth, log.jsonl, config.json, quality.json.
-Out of apply: the same relative paths below OUT/denoised, 8-bit .png (.npy where channels are not 1 or 3).
-Both go on where they stopped when the same command is given again; an interrupted run exits with code 75.
+In: DIR/{train,val}/... or any folder of images. Out of train: checkpoint.pth, log.jsonl,
+config.json, quality.json. Out of apply: the same relative paths, 8-bit .png (.npy where channels
+are not 1 or 3). Both go on where they stopped when the same command is given again; an interrupted
+run exits with code 75.
 """
 
 import hashlib
-import io
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,86 +32,114 @@ PRESETS = {
     "demo": {"epochs": 4, "width": 24, "batch_size": 16, "lr": 1e-3, "init_scale": 1.0},
     "tiny": {"epochs": 2, "width": 24, "batch_size": 4, "lr": 1e-3, "init_scale": 1.0},
     "imagenet100": {},  # the paper's: the flags' own defaults
-    "imagenet1k": {"batch_size": 8},
+    "imagenet1k": {"batch_size": 8, "subset": 100_000},  # about 100 images a class
 }
-FREE = c.FREE | {"command", "tile", "denoiser"}
-STATE = {"model", "optimizer", "scaler", "epoch", "step", "seconds", "config", "data"}  # what a checkpoint holds
+TRAIN_FLAGS = {
+    "epochs": (100, "passes over the images; even one is useful for the curriculum"),
+    "subset": (0, "train on so many images, spread evenly over the sorted list; 0: on all"),
+    "batch_size": (4, "patches a step over all processes"),
+    "patch": (256, "pixels of a training patch, rounded up as the poolings need; less for small "
+              "images"),
+    "lr": (3e-4, "halved at the epochs' borders at 20, 40, 60 and 80 % of training"),
+    "ramp": (2.0, "final weight of the regulariser"),
+    "width": (48, "features of the U-Net; 24 is 4 times faster"),
+    "init_scale": (0.1, "factor on the Kaiming-normal weights; 1 for short runs, which stay grey "
+                   "at 0.1"),
+}
+APPLY_FLAGS = {
+    "denoiser": ("", "folder of a trained denoiser, or a file of Neighbor2Neighbor's weights"),
+    "tile": (1024, "higher images go through in overlapping strips of so many rows"),
+}
+POSITIVE = ("epochs", "batch_size", "patch", "width", "lr", "log_steps", "tile")
+STATE = {"model", "optimizer", "scaler", "position", "config"}  # what a checkpoint holds
 
-def read_config(argv=None):
-    parser = c.Parser(__doc__, PRESETS)
-    parser.add_argument("command", choices=["train", "apply"])
-    add = parser.add
-    add("apply", "--denoiser", None, "folder of a trained denoiser")
-    add("apply", "--tile", 1024, "larger images go through in overlapping tiles of this size; less needs less memory")
-    add("train", "--epochs", 100, "passes over the images; even one is useful for the curriculum")
-    add("train", "--batch_size", 4, "patches a step over all processes")
-    add("train", "--patch", 256, "pixels of a training patch, rounded up as the poolings need; less for small images")
-    add("train", "--lr", 3e-4, "halved at the epochs' borders at 20, 40, 60 and 80 % of training")
-    add("train", "--ramp", 2.0, "final weight of the regulariser")
-    add("train", "--width", 48, "features of the U-Net; 24 is 4 times faster")
-    add("train", "--init_scale", 0.1, "factor on the Kaiming-normal weights; 1 for short runs, which stay grey at 0.1")
-    args = parser.read(argv, ("tile", "epochs", "batch_size", "patch", "width", "lr", "log_steps"))
-    if args.tile % 32:
-        raise UserError(f"--tile {args.tile}: must be a multiple of 32")
-    if args.command == "apply" and not args.denoiser:
+
+def read_config(argv):
+    """(command, its flags). Raises UserError."""
+    command = argv[0] if argv else ""
+    if command == "train":
+        training = {"train": TRAIN_FLAGS, "running": c.RUNNING_FLAGS | c.TRAINING_FLAGS}
+        groups, presets = {"data": c.DATA_FLAGS, **training}, PRESETS
+    elif command == "apply":
+        groups = {"data": c.DATA_FLAGS, "apply": APPLY_FLAGS, "running": c.RUNNING_FLAGS}
+        presets = dict.fromkeys(PRESETS, {})
+    else:
+        raise UserError(f"denoise.py {command}: use train or apply; train --help, apply --help")
+    args = c.read_flags(argv[1:], __doc__, presets, groups, positive=POSITIVE)
+    if command == "apply" and not args.denoiser:
         raise UserError("apply needs --denoiser, the folder that denoise.py train wrote")
-    return args
+    if command == "apply" and args.tile % 32:
+        raise UserError(f"--tile {args.tile}: must be a multiple of 32")
+    return command, args
 
-# ==== model: Noise2Noise's U-Net ====================================================================================
+
+# ==== model =======================================================================================
 class UNet(nn.Module):
-    """Noisy (B, C, H, W) to denoised, same shape; H and W multiples of 2 ** depth. 1,259,475 weights at 3, 48, 5."""
-
+    """Noise2Noise's U-Net with Neighbor2Neighbor's names: noisy (B, C, H, W) to denoised, H and W
+    multiples of 2 ** depth. 1,259,475 weights at 3 channels, width 48, depth 5."""
     def __init__(self, channels=3, width=48, depth=5, init_scale=0.1):
         super().__init__()
         self.depth = depth
-        wide = 2 * width
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.encoder = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth + 1))
-        ups, firsts, seconds = [], [], []
-        for level in range(depth):  # from the coarsest; the last joins the input itself
-            below, skip = (width if level == 0 else wide), (channels if level == depth - 1 else width)
-            ups.append(nn.ConvTranspose2d(below, below, 2, stride=2))
-            firsts.append(nn.Conv2d(below + skip, wide, 3, padding=1))
-            seconds.append(nn.Conv2d(wide, wide, 3, padding=1))
-        self.ups, self.firsts, self.seconds = nn.ModuleList(ups), nn.ModuleList(firsts), nn.ModuleList(seconds)
-        self.mix = nn.ModuleList(nn.Conv2d(wide if depth else width, wide, 1) if i == 0 else nn.Conv2d(wide, wide, 1)
-                                 for i in range(2))
-        self.last = nn.Conv2d(wide, channels, 1)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.kaiming_normal_(module.weight)
-                module.weight.data *= init_scale
-                nn.init.zeros_(module.bias)
+        self.convolution("enc_conv0", channels, width)
+        for level in range(1, depth + 2):
+            self.convolution(f"enc_conv{level}", width, width)
+        below, wide = width, 2 * width
+        for level in range(depth, 0, -1):  # from the coarsest; the last joins the input itself
+            skip = channels if level == 1 else width
+            up = nn.ConvTranspose2d(below, below, 2, stride=2)
+            self.add_module(f"up{level}", nn.ModuleDict({"deconv": up}))
+            self.convolution(f"dec_conv{level}a", below + skip, wide)
+            self.convolution(f"dec_conv{level}b", wide, wide)
+            below = wide
+        self.convolution("nin_a", wide, wide, size=1)
+        self.convolution("nin_b", wide, wide, size=1)
+        self.convolution("nin_c", wide, channels, size=1)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.kaiming_normal_(p)
+                p.data *= init_scale
+
+    def convolution(self, name, channels, out, size=3):
+        self.add_module(name, nn.Conv2d(channels, out, size, padding=size // 2))
 
     def forward(self, x):
-        def act(x):
-            return F.leaky_relu(x, 0.1)
+        def act(name, x):
+            return F.leaky_relu(self.get_submodule(name)(x), 0.2)
 
         skips = [x]
-        x = act(self.encoder[0](act(self.first(x))))
-        for conv in self.encoder[1:]:
+        x = act("enc_conv1", act("enc_conv0", x))
+        for level in range(1, self.depth + 1):
             x = F.max_pool2d(x, 2)
             skips.append(x)
-            x = act(conv(x))
-        for up, first, second, skip in zip(self.ups, self.firsts, self.seconds, skips[-2::-1], strict=True):
-            x = act(second(act(first(torch.cat([up(x), skip], 1)))))
-        for conv in self.mix:
-            x = act(conv(x))
-        return self.last(x)
+            x = act(f"enc_conv{level + 1}", x)
+        for level in range(self.depth, 0, -1):
+            x = self.get_submodule(f"up{level}.deconv")(x)
+            x = act(f"dec_conv{level}a", torch.cat([x, skips[level - 1]], 1))
+            x = act(f"dec_conv{level}b", x)
+        return self.nin_c(act("nin_b", act("nin_a", x)))
 
-# ==== Neighbor2Neighbor =============================================================================================
+
+# ==== Neighbor2Neighbor ===========================================================================
 # in a 2 x 2 cell numbered 0 1 / 2 3: the 8 ordered pairs of adjacent pixels (no diagonals)
 PAIRS = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 0], [1, 3], [3, 1], [2, 3], [3, 2]])
 
-def draw_pairs(n, height, width, gen):
-    """A random pair for each 2 x 2 cell: (n, H/2, W/2) indices into PAIRS, the same for all channels."""
-    return torch.randint(len(PAIRS), (n, height // 2, width // 2), generator=gen)
+
+def draw_pairs(height, width, rng):
+    """A random pair for each 2 x 2 cell: places of its two pixels in the cell, (2, H/2, W/2)."""
+    choice = torch.randint(len(PAIRS), (height // 2, width // 2), generator=rng)
+    return PAIRS[choice].permute(2, 0, 1)
+
 
 def neighbors(x, pairs):
-    """The two sub-images g1, g2 (B, C, H/2, W/2) of x (B, C, H, W): one pixel of every cell each, adjacent ones."""
-    cells = F.pixel_unshuffle(x, 2).unflatten(1, (x.shape[1], 4))  # (B, C, 4, H/2, W/2)
-    index = PAIRS.to(x.device)[pairs][:, None].expand(-1, x.shape[1], -1, -1, -1)  # (B, C, H/2, W/2, 2)
-    return [cells.gather(2, index[..., k][:, :, None])[:, :, 0] for k in range(2)]
+    """The two sub-images g1, g2 (B, C, H/2, W/2) of x (B, C, H, W): one pixel of every cell each,
+    adjacent ones. pairs (B, 2, H/2, W/2) of draw_pairs, the same for all channels."""
+    C = x.shape[1]
+    cells = F.pixel_unshuffle(x, 2).unflatten(1, (C, 4))  # (B, C, 4, H/2, W/2)
+    index = pairs[:, None].expand(-1, C, -1, -1, -1)  # (B, C, 2, H/2, W/2)
+    return cells.gather(2, index).unbind(2)
+
 
 def n2n_losses(model, y, pairs, ramp):
     """Neighbor2Neighbor's two terms (its equation 11), y (B, C, H, W) noisy: reconstruction and ramp * regulariser."""
@@ -119,267 +149,316 @@ def n2n_losses(model, y, pairs, ramp):
         h1, h2 = neighbors(model(y).float(), pairs)
     return (d**2).mean(), ramp * ((d - (h1 - h2)) ** 2).mean()
 
+
 def patch_plan(sizes, most):
-    """(patch, depth): training patch in pixels and number of poolings that the median image allows."""
-    side = min(most, int(sizes.min(1).values.median()))
-    depth = max(1, min(5, int(math.log2(max(2, side // 2)))))
-    cell = 2 ** (depth + 1)
+    """(patch, depth): training patch in pixels and number of poolings that the median image allows. sizes (N, 2)."""
+    side = min(most, int(np.quantile(sizes.min(1), 0.5, method="lower")))
+    depth = int(np.clip(math.log2(side) - 1, 1, 5))
+    cell = 2 ** (depth + 1)  # sub-images are half as large
     return math.ceil(side / cell) * cell, depth
 
-def random_positions(sizes, patch, gen):
-    """Corners (B, 2) of random patches in images of sizes (B, 2); 0 where a side is shorter than the patch."""
-    return (torch.rand(len(sizes), 2, generator=gen) * ((sizes - patch).clamp(min=0) + 1)).long()
 
-def cut_patches(images, sizes, corners, patch):
-    """uint8 (B, C, H, W) to float (B, C, patch, patch) in [0, 1] at corners (B, 2); short sides are reflected."""
-    index = reflect(corners[..., None] + torch.arange(patch), sizes[..., None]).to(images.device)  # (B, 2, patch)
-    b = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[b, index[:, 0, :, None], index[:, 1, None, :]].permute(0, 3, 1, 2) / 255
+def reflect_to(images, height, width):
+    """(..., H, W) reflected at the bottom and right to at least `height` x `width`, however far."""
+    H, W = images.shape[-2:]
+    margins = [(0, 0)] * (images.ndim - 2) + [(0, max(0, height - H)), (0, max(0, width - W))]
+    return torch.from_numpy(np.pad(images.numpy(), margins, mode="reflect"))
 
-def reflect(i, n):
-    """Indices reflected into [0, n) without repeating the edge; any distance, any n. Tensors broadcast."""
-    period = (2 * (n - 1)).clamp(min=1)
-    i = i % period
-    return torch.minimum(i, period - i).minimum(n - 1)
 
-# ==== application and quality =======================================================================================
-MARGIN = 160  # pixels of context around a tile: the U-Net's reach (157), rounded up to its largest pooling
+def cut_patch(image, patch, rng):
+    """A random patch (C, patch, patch) of an image (C, H, W); short sides are reflected."""
+    image = reflect_to(image, patch, patch)
+    top, left = (torch.randint(n - patch + 1, (), generator=rng) for n in image.shape[1:])
+    return image[:, top:top + patch, left:left + patch]
+
+
+# ==== application =================================================================================
+MARGIN = 160  # rows of context around a strip: the U-Net's reach (157), rounded up
+
 
 @torch.no_grad()
-def denoise(model, images, tile=1024, context=c.nullcontext):
-    """uint8 (B, C, H, W) of any size to the same, denoised: reflected to multiples of 2**depth, large ones tiled."""
-    height, width = images.shape[2:]
+def denoise(model, images, device, tile=1024, context=c.nullcontext):
+    """uint8 (B, C, H, W) of any size on the host to the same, denoised; in strips of `tile` rows."""
+    H, W = images.shape[2:]
     cell = 2**model.depth
-    rows, columns = (reflect(torch.arange(math.ceil(n / cell) * cell), torch.tensor(n)).to(images.device)
-                     for n in (height, width))
-    x = images[:, :, rows][:, :, :, columns]
-    out = torch.empty_like(x)
+    x = reflect_to(images, math.ceil(H / cell) * cell, math.ceil(W / cell) * cell)
+    strips = []
     for top in range(0, x.shape[2], tile):
-        for left in range(0, x.shape[3], tile):
-            t, s = max(0, top - MARGIN), max(0, left - MARGIN)
-            piece = x[:, :, t:top + tile + MARGIN, s:left + tile + MARGIN]
-            with context():
-                y = model((piece / 255).contiguous(memory_format=torch.channels_last)).float()
-            y = y.clamp(0, 1).mul(255).round().to(torch.uint8)
-            out[:, :, top:top + tile, left:left + tile] = y[:, :, top - t:top - t + tile, left - s:left - s + tile]
-    return out[:, :, :height, :width]
+        first = max(0, top - MARGIN)
+        strip = x[:, :, first:top + tile + MARGIN].to(device) / 255
+        with context():
+            y = model(strip.contiguous(memory_format=torch.channels_last)).float()
+        y = c.to_uint8(y.clamp(0, 1)).cpu()
+        strips.append(y[:, :, top - first:top - first + tile])
+    return torch.cat(strips, 2)[:, :, :H, :W]
 
-def denoise_ragged(model, images, sizes, context):
-    """denoise() for a padded batch: images of equal size together, so that the padding is never seen."""
-    out = torch.zeros_like(images)
-    for size in sizes.unique(dim=0):
-        same = (sizes == size).all(1).nonzero()[:, 0].to(images.device)
-        h, w = size.tolist()
-        out[same, :, :h, :w] = denoise(model, images[same, :, :h, :w], context=context)
-    return out
 
-def load_denoiser(folder, device):
-    """(U-Net in evaluation mode, the checkpoint's state) from a folder that `train` finished. Raises UserError."""
-    state = c.load_checkpoint(Path(folder) / "checkpoint.pth", needs={"model", "epoch", "config", "data"})
-    if state["epoch"] < state["config"]["epochs"]:
-        raise UserError(f"{folder}: its training stopped in epoch {state['epoch']}; finish it")
-    model = UNet(state["data"]["channels"], state["config"]["width"], state["data"]["depth"]).to(device).eval()
-    model.load_state_dict(state["model"])
-    return model.to(memory_format=torch.channels_last), state
+def denoise_list(model, images, device, tile=1024, context=c.nullcontext):
+    """denoise() of a list of images (C, H, W), those of equal size together."""
+    results = {}
+    for shape in {x.shape for x in images}:
+        same = [i for i, x in enumerate(images) if x.shape == shape]
+        batch = denoise(model, torch.stack([images[i] for i in same]), device, tile, context)
+        results |= zip(same, batch, strict=True)
+    return [results[i] for i in range(len(images))]
 
+
+def load_denoiser(path, device):
+    """(U-Net in evaluation mode, {flag: value} of the noise it was trained on) from a folder that `train` finished; or
+    from a file of Neighbor2Neighbor's weights, a plain state dict, whose noise nobody knows. Raises UserError."""
+    path, noise = Path(path), {}
+    state = c.load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
+    if "config" in state:
+        config, epoch = state["config"], state["position"][0]
+        noise = {k: config[k] for k in ("noise", "noise_seed")}
+        if epoch < config["epochs"]:
+            raise UserError(f"{path}: its training stopped in epoch {epoch}; finish it")
+    try:
+        weights = {k.removeprefix("module."): v for k, v in state.get("model", state).items()}
+        width, channels = weights["enc_conv0.weight"].shape[:2]
+        depth = sum("enc_conv" in k and "weight" in k for k in weights) - 2
+        model = UNet(channels, width, depth)
+        model.load_state_dict(weights)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: is no denoiser, a U-Net of Neighbor2Neighbor ({reason})") from None
+    return model.to(device, memory_format=torch.channels_last).eval(), noise
+
+
+# ==== quality =====================================================================================
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of float images in [0, 1]."""
-    return -10 * math.log10(max(float(np.mean((a - b) ** 2, dtype=np.float64)), 1e-10))
+    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
+    return -10 * math.log10(max(F.mse_loss(a.double(), b.double()).item(), 1e-10))
+
 
 def expected_noisy(image, spec, key, seed=0, draws=8192):
-    """E[noisy | clean], what Neighbor2Neighbor can learn where clipping biases the noise: (H, W, C) to the same.
-    Measured, so that it holds for added noise models too: 256 clean levels, `draws` draws of each."""
-    model, level, _ = c.noise_draw(spec, key, seed)
-    clean = np.repeat(np.linspace(0, 1, 256, dtype=np.float32), draws).reshape(256, draws, 1)
-    mean = np.clip(model(clean, level, np.random.default_rng(0)), 0, 1).mean((1, 2))
-    return np.interp(image, np.linspace(0, 1, 256), mean).astype(np.float32)
+    """E[noisy | clean], what Neighbor2Neighbor can learn where clipping biases the noise: an image in [0, 1] to the
+    same. Measured, so that it holds for added models, too: 256 clean levels, `draws` draws of each."""
+    function, levels, _ = c.noise_draw(spec, key, seed)
+    clean = torch.linspace(0, 1, 256)
+    grid = clean[:, None, None].expand(256, draws, 1)
+    mean = function(grid, *levels, c.generator(0)).clamp(0, 1).double().mean((1, 2))
+    return torch.from_numpy(np.interp(image, clean, mean)).float()
+
 
 def autocorrelation(residual):
-    """Lag-1 autocorrelation of (H, W, C), mean of both axes; 0 for spatially independent noise."""
-    r = residual - residual.mean((0, 1))
-    power = max(float((r * r).mean()), 1e-12)
-    return 0.5 * float((r[1:] * r[:-1]).mean() + (r[:, 1:] * r[:, :-1]).mean()) / power
+    """Lag-1 autocorrelation of (C, H, W), mean of both axes; 0 for spatially independent noise."""
+    r = residual - residual.mean((1, 2), keepdim=True)
+    down = (r[:, 1:] * r[:, :-1]).mean()
+    across = (r[:, :, 1:] * r[:, :, :-1]).mean()
+    share = (down + across) / (2 * (r * r).mean().clamp(min=1e-12))
+    return share.nan_to_num().item()  # 0 for an image of one row
+
 
 def quality(model, folder, device, context, most=32):
-    """Mean over up to `most` images: PSNR (dB) of noisy and denoised against clean and against E[noisy | clean], where
-    synthetic noise makes them known, and the residual's autocorrelation."""
+    """Mean over up to `most` images: the residual's autocorrelation, and, where synthetic noise
+    makes them known, PSNR (dB) of noisy and denoised against clean and E[noisy | clean]."""
     rows = []
-    for i in np.unique(np.linspace(0, len(folder) - 1, min(most, len(folder))).astype(int)):
+    for i in folder.spread(most):
         noisy = folder.read(i)
-        out = denoise(model, torch.from_numpy(noisy).permute(2, 0, 1)[None].to(device), context=context)[0]
-        out, noisy = out.permute(1, 2, 0).cpu().numpy() / 255.0, noisy / 255.0
-        row = {"autocorrelation": autocorrelation(noisy - out) if min(noisy.shape[:2]) > 1 else 0.0}
+        denoised = denoise(model, noisy[None], device, context=context)[0] / 255
+        noisy = noisy / 255
+        row = {"autocorrelation": autocorrelation(noisy - denoised)}
         if folder.spec != "none":
-            clean = folder.read(i, "clean") / 255.0
+            clean = folder.read(i, "clean") / 255
             expected = expected_noisy(clean, folder.spec, folder.paths[i], folder.seed)
-            row |= {"noisy_clean": psnr(noisy, clean), "denoised_clean": psnr(out, clean),
-                    "noisy_expected": psnr(noisy, expected), "denoised_expected": psnr(out, expected)}
+            row |= {"noisy_clean": psnr(noisy, clean), "denoised_clean": psnr(denoised, clean),
+                    "noisy_expected": psnr(noisy, expected),
+                    "denoised_expected": psnr(denoised, expected)}
         rows.append(row)
-    return {k: round(sum(r[k] for r in rows) / len(rows), 3) for k in rows[0]}
+    return {k: round(np.mean([row[k] for row in rows]).item(), 3) for k in rows[0]}
 
-# ==== train =========================================================================================================
-def train(args, device):
-    out, rank = Path(args.out), c.world()[0]
-    config = {k: v for k, v in vars(args).items() if k not in FREE}
-    folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
-    config["data"] = str(folder)
-    state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
-    if state:
-        c.check_config(state["config"], config, FREE, out)
-        if state["epoch"] == args.epochs and (out / "quality.json").exists():
-            c.say(f"{out}: complete, nothing to do")
-            return 0
-    val = folder
-    if (Path(args.data) / "val").is_dir():
-        val = c.Folder(args.data, "val", args.noise, args.noise_seed, channels=folder.channels)
-    patch, depth = patch_plan(folder.sizes, args.patch)
-    batch, mine, steps = c.share(args.batch_size, len(folder))
-    torch.manual_seed(args.seed)
-    model = UNet(folder.channels, args.width, depth, args.init_scale).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    context, scaler = c.autocast(device, args.amp)
-    epoch = step = 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty where it was not fp16
-            scaler.load_state_dict(state["scaler"])
-        epoch, step = state["epoch"], state["step"]
-    net = nn.parallel.DistributedDataParallel(model) if c.world()[1] > 1 else model
-    batches = c.Batches(folder, ["noisy"], device, args.cache_gb, args.workers)
 
-    def save(seconds):
-        c.save_checkpoint(out / "checkpoint.pth", {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "epoch": epoch, "step": step, "seconds": seconds, "config": config,
-            "data": {"channels": folder.channels, "depth": depth, "patch": patch}})
-
-    if rank == 0:
-        c.write_json(out / "config.json", vars(args))
-    loop = c.Loop(args, args.epochs * steps, epoch * steps + step, state["seconds"] if state else 0.0, save)
-    while epoch < args.epochs:
-        order = torch.randperm(len(folder), generator=c.generator(args.seed, 0, epoch))[:steps * batch].view(-1, batch)
-        rate = args.lr * 0.5 ** sum(epoch >= args.epochs * k / 5 for k in range(1, 5))  # halved at 20, 40, 60, 80 %
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        ramp = args.ramp * (epoch + 1) / args.epochs
-        for (images,), sizes in batches.epoch(order[step:, mine].tolist()):
-            gen = c.generator(args.seed, 1, epoch, step)
-            corners = random_positions(folder.sizes[order[step]], patch, gen)[mine]  # drawn for the global batch
-            pairs = draw_pairs(batch, patch, patch, gen)[mine].to(device)
-            y = cut_patches(images, sizes, corners, patch).contiguous(memory_format=torch.channels_last)
-            with context():
-                reconstruction, regulariser = n2n_losses(net, y, pairs, ramp)
-            loss = reconstruction + regulariser
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-            losses = {"total": loss, "reconstruction": reconstruction, "regulariser": regulariser}
-            if loop.tick(losses, batch, {"epoch": epoch, "lr": rate}):
-                return c.EXIT_STOPPED
-        epoch, step = epoch + 1, 0
-        loop.checkpoint(f"epoch {epoch}/{args.epochs}")
-    loop.close()
-    if rank == 0:
-        report(args, model.eval(), val, out, device, context)
-    return 0
-
-def report(args, model, folder, out, device, context):
-    """Measure the finished denoiser on val, or on train where there is no val, and say what to expect of it."""
-    q = quality(model, folder, device, context)
-    c.write_json(out / "quality.json", q)
-    if args.noise != "none":
-        split = "val  " if folder.paths[0].startswith("val/") else "train"
-        c.say(f"{split} PSNR in dB    noisy  denoised\n"
+def report(q, split):
+    """Say what to expect of a denoiser with this quality."""
+    if "noisy_clean" in q:
+        c.say(f"{split:5} PSNR in dB    noisy  denoised\n"
               f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
               f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}")
     if q["autocorrelation"] > 0.25:
-        print(f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the noise looks spatially "
-              "correlated (resized, compressed or demosaiced images?); Neighbor2Neighbor keeps such noise. Bring "
-              "denoised images of your own with --denoised, or noisy images at native resolution", file=sys.stderr)
+        print(f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the "
+              "noise looks spatially correlated (resized, compressed or demosaiced images?); "
+              "Neighbor2Neighbor keeps such noise. Bring denoised images of your own with "
+              "--denoised, or noisy images at native resolution", file=sys.stderr)
 
-# ==== apply =========================================================================================================
-def encode(x):
-    """uint8 (H, W, C) to (suffix, bytes): PNG, or .npy where PNG has no such number of channels."""
-    buffer = io.BytesIO()
-    if x.shape[2] in (1, 3):
-        Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x).save(buffer, "PNG", compress_level=3)
-        return ".png", buffer.getvalue()
-    np.save(buffer, x)
-    return ".npy", buffer.getvalue()
 
-def apply(args, device):
-    out, (rank, size) = Path(args.out), c.world()
-    splits = [s for s in ("train", "val") if (Path(args.data) / s).is_dir()]
-    roots = [Path(args.data, s).resolve() for s in splits or ["."]]
-    if out.resolve() == Path(args.data).resolve() or any(out.resolve().is_relative_to(root) for root in roots):
-        raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another one")
-    model, state = load_denoiser(args.denoiser, device)
-    config = state["config"]
-    for k in ("noise", "noise_seed"):
-        if config[k] != getattr(args, k):
-            c.say(f"warning: the denoiser was trained with --{k} {config[k]}, now {getattr(args, k)}")
-    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
-    maker = {"denoiser": weights[:32], "noise": args.noise, "noise_seed": args.noise_seed}
-    strangers = c.list_images(out)
-    if (out / "made_by.json").exists():
-        c.check_config(c.read_json(out / "made_by.json"), maker, set(), out)
-    elif strangers:
-        raise UserError(f"--out {out}: holds images that apply did not make, {strangers[0]} first; name another folder")
-    elif rank == 0:
-        c.write_json(out / "made_by.json", maker)
-    (context, _), channels = c.autocast(device, args.amp), None
-    for split in splits or ["train"]:
-        folder = c.Folder(args.data, split, args.noise, args.noise_seed, channels=channels)
-        if (channels := folder.channels) != state["data"]["channels"]:
-            raise UserError(f"{args.data}: {channels} channels, not the denoiser's {state['data']['channels']}")
-        suffix = ".png" if folder.channels in (1, 3) else ".npy"
-        targets = [out / (stem + suffix) for stem in folder.stems()]
-
-        def made(i, folder=folder, targets=targets):  # whole: a crash of the machine may have left anything
-            try:
-                folder.check(i, targets[i], c.read_image(targets[i], header=True).shape)
-            except UserError:
-                return False
-            return True
-
-        todo = {i for i, done in enumerate(c.parallel(made, range(len(folder)), "made")) if not done}
-        c.say(f"{split}: {len(folder) - len(todo)} of {len(folder)} already denoised")
-        # buckets of equal size, so that a batch needs no padding; a fixed number of pixels a batch bounds the memory;
-        # the same batches whatever is already made, and by how many processes: they give the same bits
-        budget, batches, pixels = 2**22 if device.type == "cuda" else 2**17, [], 0
-        for i in sorted(range(len(folder)), key=lambda i: (*folder.sizes[i].tolist(), i)):
-            area = int(folder.sizes[i].prod())
-            if not batches or (folder.sizes[batches[-1][0]] != folder.sizes[i]).any() or pixels + area > budget:
-                batches.append([])
-                pixels = 0
-            batches[-1].append(i)
-            pixels += area
-        batches = [batch for batch in batches[rank::size] if todo.intersection(batch)]
-
-        def write(i, x, targets=targets, todo=todo):
-            if i in todo:
-                c.write_atomic(targets[i], lambda f: f.write(encode(np.ascontiguousarray(x))[1]), sync=False)
-
-        source = c.Batches(folder, ["noisy"], device, 0.0, args.workers)  # streamed: each image is needed once
-        bar = tqdm(total=sum(map(len, batches)), desc=f"denoise {split}", disable=rank > 0 or None, unit="image")
-        with ThreadPoolExecutor(max(1, args.workers)) as pool:
-            writing = []  # the batch before is encoded while the device works on the next
-            for index, ((images,), _) in zip(batches, source.epoch(batches), strict=True):
-                result = denoise(model, images, args.tile, context).permute(0, 2, 3, 1).cpu().numpy()
-                list(writing)
-                writing = pool.map(write, index, result)
-                bar.update(len(index))
-            list(writing)
-        bar.close()
+# ==== train =======================================================================================
+def train(args, device):
+    out, split = Path(args.out), "train"
+    folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
+    tested = folder
+    if (folder.data / "val").is_dir():
+        split = "val"
+        tested = c.Folder(args.data, "val", args.noise, args.noise_seed, channels=folder.channels)
+    config = vars(args) | {"data": folder.fingerprint()}
+    state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
+    if state:
+        c.check_config(state["config"], config, c.FREE, out)
+        if state["position"][0] == args.epochs and (out / "quality.json").exists():
+            c.say(f"{out}: complete, nothing to do")
+            return 0
+    if c.world()[0] == 0:
+        c.write_json(out / "config.json", vars(args))
+    torch.manual_seed(args.seed)
+    patch, depth = patch_plan(folder.shapes[:, :2], args.patch)
+    model = UNet(folder.channels, args.width, depth, args.init_scale)
+    model.to(device, memory_format=torch.channels_last)
+    if fit(args, model, folder, patch, device, state, config):
+        return c.EXIT_STOPPED
+    if c.world()[0] == 0:
+        context, _ = c.autocast(device, args.amp)
+        measured = quality(model.eval(), tested, device, context)
+        c.write_json(out / "quality.json", measured)
+        report(measured, split)
     return 0
 
+
+def fit(args, model, folder, patch, device, state, config):
+    """Train from the state's position to the last epoch; True where a signal stopped it."""
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    context, scaler = c.autocast(device, args.amp)
+    parts, position = {"model": model, "optimizer": optimizer, "scaler": scaler}, (0, 0, 0.0)
+    if state:
+        position = state["position"]
+        c.load_parts(parts, state)
+
+    def save(position):
+        state = {name: part.state_dict() for name, part in parts.items()}
+        c.save_checkpoint(Path(args.out) / "checkpoint.pth",
+                          {**state, "position": position, "config": config})
+
+    chosen = folder.spread(args.subset or len(folder))
+    folder.hold(["noisy"], args.cache_gb, args.workers)
+    net = nn.parallel.DistributedDataParallel(model) if c.world()[1] > 1 else model
+    loop = c.Loop(args, len(chosen), position, device, save)
+
+    def make(epoch, step, indices):
+        """This process's noisy patches of one step (B, C, patch, patch), and their pairs."""
+        patches, pairs = [], []
+        for k in indices[loop.mine]:
+            i = chosen[k]
+            rng = c.generator(args.seed, epoch, folder.paths[i])
+            patches.append(cut_patch(folder.read(i), patch, rng))
+            pairs.append(draw_pairs(patch, patch, rng))
+        return [torch.stack(patches), torch.stack(pairs)]
+
+    for patches, pairs in loop.batches(make, args.epochs):
+        halvings = 5 * loop.epoch // args.epochs  # at 20, 40, 60, 80 % of the epochs
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * 0.5**halvings
+        ramp = args.ramp * (loop.epoch + 1) / args.epochs
+        y = (patches / 255).contiguous(memory_format=torch.channels_last)
+        with context():
+            reconstruction, regulariser = n2n_losses(net, y, pairs, ramp)
+        loss = reconstruction + regulariser
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses = {"total": loss, "reconstruction": reconstruction, "regulariser": regulariser}
+        if loop.tick(losses, {"lr": optimizer.param_groups[0]["lr"]}):
+            return True
+    loop.close()
+    return False
+
+
+# ==== apply =======================================================================================
+CHUNK = 16  # consecutive images that go through together, whatever is already made and by whom
+
+
+def check_target(args, out, model):
+    """--out must be a copy of the same images by the same denoiser, or new. Raises UserError."""
+    data, found = Path(args.data).resolve(), c.list_images(out)
+    roots = [data / s for s in ("train", "val") if (data / s).is_dir()] or [data]
+    if out.resolve() == data or any(out.resolve().is_relative_to(root) for root in roots):
+        raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another")
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
+    maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32], "noise": args.noise,
+             "noise_seed": args.noise_seed}
+    note = out / "made_by.json"
+    if note.exists():
+        c.check_config(c.read_json(note), maker, (), out)
+    elif found:
+        raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; "
+                        "name another folder")
+    elif c.world()[0] == 0:
+        c.write_json(note, maker)
+
+
+def picture(x):
+    """uint8 (C, H, W) as a Pillow image; of other than 1 or 3 channels the first."""
+    if len(x) == 3:
+        return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(x[0].contiguous().numpy())
+
+
+def write_image(path, x):
+    """uint8 (C, H, W) as .png or .npy, whole or not at all."""
+    def write(file):
+        if path.suffix == ".npy":
+            np.save(file, x.permute(1, 2, 0).contiguous().numpy())
+        else:
+            picture(x).save(file, "PNG", compress_level=3)
+
+    c.write_atomic(path, write, sync=False)
+
+
+def apply(args, device):
+    out, channels = Path(args.out), None
+    context, _ = c.autocast(device, args.amp)
+    model, trained = load_denoiser(args.denoiser, device)
+    for k, value in trained.items():
+        if value != getattr(args, k):
+            c.say(f"warning: the denoiser was trained with --{k} {value}, now {getattr(args, k)}")
+    check_target(args, out, model)
+    splits = [s for s in ("train", "val") if (Path(args.data) / s).is_dir()]
+    for split in splits or ["train"]:
+        folder = c.Folder(args.data, split, args.noise, args.noise_seed, channels=channels)
+        channels = folder.channels  # for which grey images of val may serve
+        if channels != model.enc_conv0.in_channels:
+            raise UserError(f"{args.data}: {channels} channels, not the denoiser's "
+                            f"{model.enc_conv0.in_channels}")
+        apply_split(args, model, folder, split, device, context)
+    return 0
+
+
+def apply_split(args, model, folder, split, device, context):
+    out, (rank, size) = Path(args.out), c.world()
+    suffix = ".png" if folder.channels in (1, 3) else ".npy"
+    targets = [out / (stem + suffix) for stem in folder.stems()]
+
+    def missing(i):  # or broken: a crash of the machine may have left anything
+        try:
+            c.read_image(targets[i], header=True)
+        except UserError:
+            return i
+
+    def read(*chunk):
+        return [folder.read(i) for i in chunk]
+
+    todo = set(c.parallel(missing, range(len(folder)), "made")) - {None}
+    c.say(f"{split}: {len(folder) - len(todo)} of {len(folder)} already denoised")
+    chunks = list(torch.arange(len(folder)).split(CHUNK))[rank::size]
+    chunks = [chunk.tolist() for chunk in chunks if todo.intersection(chunk.tolist())]
+    images = c.prefetch(read, chunks, torch.device("cpu"), args.workers)
+    bar = tqdm(chunks, f"denoise {split}", disable=rank > 0 or None, unit=f"{CHUNK} images")
+    with ThreadPoolExecutor(args.workers or 1) as pool:
+        writing = []  # the chunk before is written while the device works on the next
+        for chunk in bar:
+            results = denoise_list(model, next(images), device, args.tile, context)
+            for task in writing:
+                task.result()
+            writing = [pool.submit(write_image, targets[i], x)
+                       for i, x in zip(chunk, results, strict=True) if i in todo]
+        for task in writing:
+            task.result()
+
+
 def main(argv=None):
-    args = read_config(argv)
+    command, args = read_config(sys.argv[1:] if argv is None else argv)
     device = c.setup(args.device)
-    return train(args, device) if args.command == "train" else apply(args, device)
+    return train(args, device) if command == "train" else apply(args, device)
+
 
 if __name__ == "__main__":
     c.run(main)

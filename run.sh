@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# The whole method: environment, denoiser, every arm, probes, report. Give the same command again to go on.
+# The whole method: environment, denoiser, every arm, probes, report. To go on, give the same command again.
 set -euo pipefail
 usage() {
   cat <<'TEXT'
-bash run.sh                    demonstration on built-in images (runs/demo), about 13 minutes on two CPU cores
+bash run.sh                    demonstration on built-in images (runs/demo), about 12 minutes on two CPU cores
 bash run.sh test [flags]       the test suite; or a part of it, by flags of pytest: -k noise
 bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
-  --noise SPEC      synthetic noise: gauss100, shot3, speckle0.4, rician60, impulse0.3, gauss50-255; none (default):
-                    the images are noisy already
+  --noise SPEC      synthetic noise: gauss100, shot3, speckle0.4, rician60, impulse0.3, camera30,5, gauss50-255;
+                    none (default): the images are noisy already
   --preset NAME     tiny (64 x 64 images, laptop), imagenet100 (default), imagenet1k, demo
   --arms "A B"      of random noisy denoised nc nct clean (default: all; without clean where --noise is none)
   --seeds "0 1 2"   pretraining seeds (default 0)
   --gpus N          processes, one a GPU (default 1: the GPU if there is one, else the CPU)
   --denoised DIR    your own denoised images, same relative paths, instead of Neighbor2Neighbor's
   --out DIR         default runs/<name of the data folder>
+After --, --epochs is the length of every arm and --switch the part of it on denoised images; --anchor, --anchor_head and
+--anchor_from are for nct, --init_backbone for the arms that start from random weights; the rest goes to every run.
 TEXT
 }
 fail() { echo "error: $*" >&2; exit 2; }
@@ -30,12 +32,6 @@ while [ $mode = run ] && [ $# -gt 0 ]; do
     --) shift; extra=("$@"); break ;;
     -h|--help) usage; exit 0 ;;
     *) usage >&2; fail "unknown argument $1" ;;
-  esac
-done
-for flag in ${extra[@]+"${extra[@]}"}; do
-  case ${flag%%=*} in  # every run would be the same one, or the stages would differ in their images
-    --arm|--curriculum|--seed|--out|--fork) fail "-- $flag: differs from run to run; use --arms, --seeds, --out, or pretrain.py itself" ;;
-    --data|--noise|--noise_seed|--preset|--denoised) fail "-- $flag: is for all stages; give it before --, or run the stages one by one" ;;
   esac
 done
 
@@ -63,6 +59,31 @@ if [ $mode = test ]; then
   exec "$python" -m pytest "$@"
 fi
 
+# ==== what pretrain.py gets: flags that shape the curriculum are taken out of those after --, the rest goes to every run ====
+epochs='' switch='' anchor='' for_nc='' for_nct='' nct_flags=() first_flags=() flags=()
+take() {  # name and value of one flag
+  case $1 in
+    --epochs) epochs=$2 ;;
+    --switch) switch=$2 for_nc=$1 ;;
+    --anchor) anchor=$2 for_nct=$1 ;;
+    --anchor_head|--anchor_from) nct_flags+=("$1" "$2") for_nct=$1 ;;
+    --init_backbone) first_flags+=("$1" "$2") ;;
+    *) return 1 ;;
+  esac
+  case $1 in --anchor_from|--init_backbone) [ -e "$2" ] || fail "-- $1 $2: no such file" ;; esac
+}
+set -- ${extra[@]+"${extra[@]}"}
+while [ $# -gt 0 ]; do
+  case ${1%%=*} in
+    --source|--stop|--init|--seed|--out) fail "-- $1: differs from run to run; use --arms, --seeds, --out, or pretrain.py itself" ;;
+    --data|--noise|--noise_seed|--preset|--denoised) fail "-- $1: is for all stages; give it before --, or run the stages one by one" ;;
+  esac
+  if [[ $1 == --*=* ]] && take "${1%%=*}" "${1#*=}"; then shift
+  elif [ $# -ge 2 ] && take "$1" "$2"; then shift 2
+  else flags+=("$1"); shift
+  fi
+done
+
 # ==== defaults and checks ====
 if [ -z "$data" ]; then
   out=${out:-runs/demo} data=${out:-runs/demo}/data noise=${noise:-gauss100} preset=${preset:-demo}
@@ -77,7 +98,29 @@ for arm in $arms; do
     *) fail "--arms $arm: unknown; use random noisy denoised nc nct clean" ;;
   esac
 done
-case $preset in demo|tiny|imagenet100|imagenet1k) ;; *) fail "--preset $preset: use demo, tiny, imagenet100 or imagenet1k" ;; esac
+# the curriculum of a preset: epochs of an arm, those of them on denoised images, flags of the noisy phase, the anchor's
+# weight (the paper's, by noise), the denoiser's batch
+case $preset in
+  demo) length=12 part=8 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
+  tiny) length=10 part=6 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
+  imagenet100)
+    length=200 part=140 noisy_flags=() batch=4
+    case $noise in gauss100) weight=4 ;; gauss255) weight=1.1 ;; shot1) weight=5 ;; speckle1|speckle1.0) weight=2 ;; *) weight=1 ;; esac ;;
+  imagenet1k)
+    length=100 part=30 noisy_flags=(--warmup_epochs 5 --teacher_temp_warmup_epochs 15) batch=8
+    case $noise in gauss100) weight=2 ;; gauss255) weight=1.6 ;; *) weight=1 ;; esac ;;
+  *) fail "--preset $preset: use demo, tiny, imagenet100 or imagenet1k" ;;
+esac
+epochs=${epochs:-$length} switch=${switch:-$part} anchor=${anchor:-$weight}
+[[ $epochs =~ ^[0-9]+$ && $switch =~ ^[0-9]+$ ]] || fail "-- --epochs $epochs --switch $switch: must be whole numbers"
+uses() { [[ " $arms " =~ \ ($1)\  ]]; }  # whether one of these arms is asked for
+if uses "nc|nct"; then
+  [ "$switch" -gt 0 ] && [ "$switch" -lt "$epochs" ] || fail "-- --switch $switch: must be between 0 and --epochs $epochs; give both"
+fi
+[ -z "$denoised" ] || uses "denoised|nc|nct" || fail "--denoised: none of --arms $arms uses it"
+[ -z "$denoised" ] || [ -d "$denoised" ] || fail "--denoised $denoised: no such folder"
+[ -z "$for_nct" ] || uses nct || fail "-- $for_nct: has no effect without the arm nct"
+[ -z "$for_nc" ] || uses "nc|nct" || fail "-- $for_nc: has no effect without the arms nc and nct"
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus $gpus: must be a whole number from 1"
 [[ $seeds =~ ^[0-9]+(\ +[0-9]+)*$ ]] || fail "--seeds $seeds: must be whole numbers"
 [ -d "$data" ] || fail "--data $data: no such folder"
@@ -85,81 +128,123 @@ if [ "$gpus" -gt 1 ]; then
   found=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   [ "$found" -ge "$gpus" ] || fail "--gpus $gpus: this machine has $found CUDA devices"
 fi
-processes() {  # how the next stages are started
-  launch=("$python")
-  [ "$1" -eq 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$1" --)
-}
 
 # ==== one stage after the other; a signal reaches the stage, which saves; then this script ends with 75 ====
-child='' stopped=''
+child='' stopped='' number=0 total=0 kinds=() last='' commands=/dev/null
 trap 'stopped=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT HUP USR1
-stage() {
+left() {  # about how long the stages from here on take, by the last one of the same kind that did something
+  local seconds=0 kind name
+  for kind in "${kinds[@]:number-1}"; do
+    name=took_$kind
+    case $kind in pretraining|probing) [ -n "${!name-}" ] || return 0 ;; esac
+    seconds=$((seconds + ${!name-5}))
+  done
+  echo ", about $((seconds / 60 + 1)) min left"
+}
+stage() {  # title, command: run it; or, while the stages are counted, only remember its kind, the title's first word
+  local title=$1 kind=${1%% *} began=$SECONDS code=0
+  shift
+  if [ -n "$counting" ]; then kinds+=("$kind") total=$((total + 1)); return; fi
   [ -z "$stopped" ] || exit 75
-  echo "== $* =="
+  number=$((number + 1))
+  echo "== $number/$total $title${last:+ (the last took $last$(left))} =="
+  printf '%q ' "$@" >>"$commands"; echo >>"$commands"
+  run "$@"
+  last="$(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
+  [ $((SECONDS - began)) -lt 5 ] && [ "$kind" = pretraining ] || printf -v "took_$kind" %s $((SECONDS - began))
+}
+run() {
+  local code=0
   "$@" & child=$!
   [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true
-  local code=0
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
   child=''
   [ -z "$stopped" ] || exit 75
   [ $code -eq 0 ] || exit $code
 }
+processes() {  # how the next stages are started
+  launch=("$python")
+  [ "$1" -eq 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$1" --)
+}
+
 common=(--data "$data" --noise "$noise" --preset "$preset")
-probes=''
+pretrain() {  # run, arm, flags of its own
+  local run=$1 arm=$2; shift 2
+  GLIBC_TUNABLES=$keep stage "pretraining $arm, seed $seed" "${launch[@]}" "$here/pretrain.py" "${common[@]}" \
+    --seed "$seed" --out "$out/pretrain/$run-seed$seed" "$@" ${flags[@]+"${flags[@]}"}
+}
+probe() {  # arm, flags of its own
+  local arm=$1; shift
+  [ -z "$probes" ] || stage "probing $arm, seed $seed" "${launch[@]}" "$here/probe.py" "${common[@]}" \
+    --run "$out/pretrain/$arm-seed$seed" --out "$out/probe/$arm-seed$seed.json" "$@"
+}
+denoised_run() {  # how far it goes: the denoised arm is also the first phase of nc and nct; trained once
+  pretrain denoised "$@" --source denoised --denoised "$copy" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
+}
+noisy_phase() {  # arm, flags: from the denoised run's networks, with optimiser and schedules anew
+  local arm=$1; shift
+  pretrain "$arm" "$arm" --source noisy --epochs $((epochs - switch)) --init "$out/pretrain/denoised-seed$seed/epoch$switch.pth" \
+    ${noisy_flags[@]+"${noisy_flags[@]}"} "$@"
+}
+one_arm() {
+  local arm=$1 through=()
+  case $arm in
+    random) pretrain random random --source noisy --epochs 0 ${first_flags[@]+"${first_flags[@]}"}; probe random ;;
+    noisy|clean)
+      pretrain "$arm" "$arm" --source "$arm" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
+      if [ "$arm" = noisy ]; then probe noisy; else probe clean --noise none; fi ;;  # the upper bound sees clean images
+    denoised)
+      denoised_run denoised
+      [ "$copy" != "$out/denoised" ] || through=(--denoiser "$out/denoiser")
+      probe denoised --denoised "$copy" ${through[@]+"${through[@]}"} ;;
+    nc) noisy_phase nc; probe nc ;;
+    nct)
+      local pull=(${anchored[@]+"${anchored[@]}"})
+      if [ "$preset" = imagenet1k ] && [ ${#pull[@]} -gt 0 ] && [[ ! "${nct_flags[*]-}" =~ --anchor_from ]]; then
+        denoised_run "denoised for the anchor"  # the paper's anchor there is the finished denoised teacher
+        pull+=(--anchor_from "$out/pretrain/denoised-seed$seed")
+      fi
+      noisy_phase nct ${pull[@]+"${pull[@]}"} ${nct_flags[@]+"${nct_flags[@]}"}
+      probe nct ;;
+  esac
+}
+all_stages() {
+  if [ -z "$denoised" ] && uses "denoised|nc|nct"; then
+    local few=$gpus  # of processes, each of which takes a part of the denoiser's batch
+    while [ $((batch % few)) -ne 0 ]; do few=$((few - 1)); done
+    processes $few
+    stage "training the denoiser" "${launch[@]}" "$here/denoise.py" train "${common[@]}" --out "$out/denoiser"
+    processes "$gpus"
+    stage "denoising the images" "${launch[@]}" "$here/denoise.py" apply "${common[@]}" --denoiser "$out/denoiser" --out "$copy"
+  fi
+  processes "$gpus"
+  for seed in $seeds; do
+    if uses "denoised|nc|nct" && [ "$switch" -gt 0 ] && [ "$switch" -lt "$epochs" ]; then  # so that nc and nct may come later
+      denoised_run "denoised, first $switch of $epochs epochs" --stop "$switch"
+    fi
+    for arm in $arms; do one_arm "$arm"; done
+  done
+  [ -z "$probes" ] || stage "report" "$python" "$here/probe.py" report "$out"
+}
+
+probes='' counting='' copy=${denoised:-$out/denoised}
 if [ -d "$data/train" ] && [ -d "$data/val" ]; then
-  probes=yes
-  stage "$python" "$here/probe.py" check "${common[@]}" --run none --out none
-else
-  echo "no train/ and val/ in $data: pretraining without probes"
+  labels=$(find -L "$data/train" "$data/val" -mindepth 2 -type f -print -quit 2>/dev/null)
+  [ -z "$labels" ] || { probes=yes; run "$python" "$here/probe.py" check "${common[@]}"; }
 fi
+[ -n "$probes" ] || echo "no train/<class>/ and val/<class>/ in $data: pretraining without probes"
+anchored=(--denoised "$copy" --anchor "$anchor")
+[[ ! $anchor =~ ^0*\.?0*$ ]] || anchored=()  # an anchor of weight 0 is none: nc
+# bad flags and folders are told before anything is trained
+tried=(${flags[@]+"${flags[@]}"})
+if uses nct; then tried+=(--init none ${anchored[@]+"${anchored[@]}"} ${nct_flags[@]+"${nct_flags[@]}"}); fi
+run "$python" "$here/pretrain.py" check "${common[@]}" --out none ${tried[@]+"${tried[@]}"}
 mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "--out $out: cannot be written"
 if command -v flock >/dev/null; then  # a process left by a killed run may still be writing: let it end
   exec 9>"$out/.lock"
-  flock -n 9 || { echo "waiting for another run in $out"; stage flock 9; }
+  flock -n 9 || { echo "waiting for another run in $out"; run flock 9; }
 fi
-
-if [[ " $arms " =~ \ (denoised|nc|nct)\  ]] && [ -z "$denoised" ]; then
-  denoised=$out/denoised
-  few=$gpus batch=4  # the denoiser's, of which each process takes a part
-  [ "$preset" != imagenet1k ] || batch=8
-  while [ $((batch % few)) -ne 0 ]; do few=$((few - 1)); done
-  processes $few
-  stage "${launch[@]}" "$here/denoise.py" train "${common[@]}" --out "$out/denoiser"
-  processes "$gpus"
-  stage "${launch[@]}" "$here/denoise.py" apply "${common[@]}" --denoiser "$out/denoiser" --out "$denoised"
-fi
-
-processes "$gpus"
-pretrain() {  # arm, then more flags
-  local arm=$1 run=$out/pretrain/$1-seed$seed; shift
-  GLIBC_TUNABLES=$keep stage "${launch[@]}" "$here/pretrain.py" "${common[@]}" --arm "$arm" --seed "$seed" --out "$run" "$@" ${extra[@]+"${extra[@]}"}
-}
-probe() {
-  local arm=$1 run=$out/pretrain/$1-seed$seed result=$out/probe/$1-seed$seed.json flags=()
-  [ -n "$probes" ] || return 0
-  [ "$arm" != clean ] || flags=(--noise none)  # probe and test see what pretraining saw: the upper bound, clean images
-  [ "$arm" != denoised ] || flags=(--denoised "$denoised")
-  [ "$arm" != denoised ] || [ ! -d "$out/denoiser" ] || flags+=(--denoiser "$out/denoiser")
-  stage "${launch[@]}" "$here/probe.py" "${common[@]}" --run "$run" --out "$result" ${flags[@]+"${flags[@]}"}
-}
-for seed in $seeds; do
-  # the denoised arm and the first phase of nc and nct are one run: it is trained once, the three go on from it
-  fork=(--denoised "$denoised" --fork "$out/pretrain/phase1-seed$seed/checkpoint.pth")
-  [[ ! " $arms " =~ \ (denoised|nc|nct)\  ]] || pretrain phase1 --denoised "$denoised"
-  for arm in $arms; do
-    case $arm in
-      random|noisy|clean) pretrain "$arm" ;;
-      denoised|nc) pretrain "$arm" "${fork[@]}" ;;
-      nct)
-        anchor=()
-        if [ "$preset" = imagenet1k ]; then  # the paper's anchor there is the finished denoised teacher
-          pretrain denoised "${fork[@]}"
-          anchor=(--anchor_from "$out/pretrain/denoised-seed$seed/checkpoint.pth")
-        fi
-        pretrain nct "${fork[@]}" ${anchor[@]+"${anchor[@]}"} ;;
-    esac
-    probe "$arm"
-  done
-done
-[ -z "$probes" ] || stage "$python" "$here/probe.py" report "$out"
+commands=$out/commands.log
+counting=yes; all_stages
+counting=''; all_stages

@@ -1,6 +1,7 @@
-"""experiments.py: every command of the plan is one that its stage accepts, and the tables say what the files say."""
+"""experiments.py: the stages accept its commands, and the results hold every figure that is quoted."""
 
 import json
+import re
 from pathlib import Path
 
 import experiments
@@ -12,84 +13,184 @@ import denoise
 import pretrain
 import probe
 
-@pytest.fixture
-def runner(tmp_path, monkeypatch):
-    """A runner whose commands are not run: runner.calls holds them."""
+STAGES = {"denoise.py": denoise, "pretrain.py": pretrain, "probe.py": probe}
+RESULTS = experiments.ROOT / "results"
+
+
+def commands(script):
+    """All different commands of a stage in the plan, as lists of words."""
+    found = {command for run in experiments.plan().values() for command in run}
+    return [command.split()[1:] for command in sorted(found) if command.startswith(script)]
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_every_command_of_the_plan_is_accepted_by_its_stage(script):
+    found = commands(script)
+    assert len(found) > 15
+    for flags in found:
+        STAGES[script].read_config(flags)
+
+
+def test_the_plan_has_every_arm_and_ablation():
+    names = set(experiments.plan())
+    for base in ("gauss100", "gauss255", "patch16-gauss100", "patch16-gauss255"):
+        for arm in ("random", "noisy", "nc", "nct", "denoised"):
+            assert {f"{base}-{arm}-seed{seed}" for seed in (0, 1, 2)} <= names
+    ablated = {"gauss100-switch3", "gauss100-live", "gauss100-anchor0.5", "weak-gauss100-nct-seed0",
+               "patch16-gauss255-switch18", "impulse0.3-nct-seed0", "search-lr0.004-clean"}
+    assert ablated <= names
+
+
+def test_every_init_is_what_an_earlier_command_leaves():
+    """--init is epochS.pth of a denoised run that stopped at S, of the same model, seed and data."""
+    same = ("noise", "seed", "data", "patch_size", "global_size", "lr", "prototypes", "arch")
+    count = 0
+    for run in experiments.plan().values():
+        left = {}  # file: settings of the run that leaves it
+        for command in run:
+            script, *flags = command.split()
+            if script != "pretrain.py":
+                continue
+            args = pretrain.read_config(flags)
+            if args.stop:
+                left[f"{args.out}/epoch{args.stop}.pth"] = args
+            if args.init:
+                first = left[args.init]
+                for name in same:
+                    assert getattr(args, name) == getattr(first, name)
+                assert (first.source, args.source) == ("denoised", "noisy")
+                assert args.epochs + first.stop == first.epochs
+                assert not args.denoised or args.denoised == first.denoised
+                count += 1
+    assert count > 50
+
+
+def test_a_denoised_run_never_has_to_go_back():
+    """Whatever runs of the plan are made first: a run's stops come in order, and none is left out."""
+    stops = {}  # of each denoised run, by the runs that share it
+    for run in experiments.plan().values():
+        configs = [pretrain.read_config(c.split()[1:]) for c in run if c.startswith("pretrain.py")]
+        for out in {args.out for args in configs if args.source == "denoised" and args.stop}:
+            ends = [args.stop or args.epochs for args in configs if args.out == out]
+            assert ends == sorted(ends)
+            stops.setdefault(out, []).append(ends)
+    assert len(stops) > 10
+    for shared in stops.values():
+        longest = max(shared, key=len)
+        assert all(ends == longest[:len(ends)] for ends in shared)
+
+
+def test_every_denoised_folder_is_made_by_an_earlier_command():
+    for run in experiments.plan().values():
+        made = set()
+        for command in run:
+            words = command.split()
+            for flag in ("--denoised", "--denoiser"):
+                assert flag not in words or words[words.index(flag) + 1] in made
+            made.add(words[words.index("--out") + 1])
+
+
+def test_search_holds_a_part_of_train_out_and_never_sees_val(tmp_path):
     shapes.write(tmp_path / "data", 40, 20, size=32)
-    args = experiments.parse(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--results", "none"])
-    runner = experiments.Runner(args)
-    runner.calls = []
-    monkeypatch.setattr(runner, "call", lambda *command: runner.calls.append([str(x) for x in command]) or command[0])
-    monkeypatch.setattr(runner, "save", lambda name, figures: None)
-    monkeypatch.setattr(common, "read_json", lambda path, needs=(): {})
-    monkeypatch.setattr(common, "read_log", lambda path: [{"seconds": 1}])
-    return runner
+    experiments.make_search(tmp_path / "data", tmp_path / "search")
+    links = {split: list((tmp_path / "search" / split).glob("*/*")) for split in ("train", "val")}
+    targets = {split: {link.resolve() for link in links[split]} for split in links}
+    assert targets["val"] and not targets["val"] & targets["train"]
+    assert targets["val"] | targets["train"] == set((tmp_path / "data/train").glob("*/*"))
+    for name, run in experiments.plan().items():
+        if name.startswith("search-"):
+            assert all("--data OUT/search " in command for command in run)
 
 
-def test_every_command_of_the_plan_is_one_that_its_stage_accepts(runner):
-    stages = {"denoise.py": denoise, "pretrain.py": pretrain, "probe.py": probe}
-    for name in runner.runs:
-        runner.run(name)
-    runner.run("gauss100-nct-seed0", clean=True)
-    assert len(runner.calls) > 100
-    for script, *flags in runner.calls:
-        stages[script].read_config(flags)
-
-
-def test_every_fork_is_a_beginning_of_its_run(runner):
-    def phases(name):
-        runner.pretrain(name)
-        return pretrain.parse_curriculum(pretrain.read_config(
-            next(c[1:] for c in runner.calls if c[0] == "pretrain.py" and c[-1].endswith(name))).curriculum)
-
-    forks = {name: run.fork for name, run in runner.runs.items() if run.fork}
-    assert len(forks) > 30
-    for name, fork in forks.items():
-        ours, theirs = phases(name), phases(fork)
-        last = len(theirs) - 1
-        assert ours[:last] == theirs[:last] and ours[last].epochs >= theirs[last].epochs
-        assert (ours[last].source, ours[last].schedule) == (theirs[last].source, theirs[last].schedule)
-
-
-def test_search_holds_a_part_of_train_out_and_never_sees_val(runner):
-    found, original = ({p.relative_to(root).as_posix() for p in root.glob("*/*/*")} for root in
-                       map(Path, (runner.data("search"), runner.args.data)))
-    held = {p.removeprefix("val/") for p in found if p.startswith("val/")}
-    kept = {p.removeprefix("train/") for p in found if p.startswith("train/")}
-    assert held and not held & kept
-    assert held | kept == {p.removeprefix("train/") for p in original if p.startswith("train/")}
-
-
-def test_redrawn_data_gives_every_copy_a_noise_of_its_own(runner):
-    folder = common.Folder(runner.data("redrawn"), "train", "gauss100")
-    assert len(folder) == 40 * experiments.EPOCHS
-    assert len({folder.read(i).tobytes() for i in range(experiments.EPOCHS)}) == experiments.EPOCHS
-    assert len({folder.read(i, "clean").tobytes() for i in range(experiments.EPOCHS)}) == 1
+def probe_result(linear, **more):
+    return {
+        "linear": linear, "clean_linear": linear - 1,
+        "knn": {"20": 30.0}, "clean_knn": {"20": 31.0}, "cosine": 0.5,
+        "summary": {"seconds": 60.0}, "sweep": [{"strength": 1, "linear": linear}], **more}
 
 
 def test_tables_give_mean_and_deviation_over_seeds(tmp_path):
+    path = tmp_path / "experiments.jsonl"
     for seed, linear in enumerate((40.0, 44.0, 48.0)):
-        common.write_json(tmp_path / f"gauss100-noisy-seed{seed}.json", {
-            "linear": linear, "knn": {"20": 30.0}, "clean_knn": {"20": 31.0}, "cosine": 0.5,
-            "summary": {"seconds": 60.0}, "monitors": {}, "sweep": [{"strength": 1, "linear": linear}]})
-    experiments.tables(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "| noisy | 3 | 44.0 ± 4.0 | - | 30.0 ± 0.0 | 31.0 ± 0.0 | 0.50 ± 0.00 | 1.0 ± 0.0 |" in text
-    assert (tmp_path / "robustness.png").exists()
+        experiments.save(path, f"gauss100-noisy-seed{seed}", probe_result(linear))
+    experiments.save(path, "gauss100-nct-seed2", probe_result(49.5))
+    text, panels = experiments.tables(experiments.read_results(path))
+    figures = "44.0 ± 4.0 | 43.0 ± 4.0 | 30.0 ± 0.0 | 31.0 ± 0.0 | 0.50 ± 0.00"
+    assert f"| gauss100-noisy | 3 | {figures} |" in text
+    assert "| gauss100-nct minus noisy | 1 | 1.5 | 1.5 | 0.0 | 0.0 | 0.00 |" in text  # of seed 2
+    assert panels == {"gauss100: linear probe in %, by test noise": {"noisy": [(1, 44.0)]}}
 
 
-def test_every_row_of_the_readme_is_one_of_the_tables_made_of_the_results():
-    tables, text = ((experiments.ROOT / p).read_text() for p in ("results/experiments/README.md", "README.md"))
-    section = text.split("\n## Experiments")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|") and line.count("|") > 3]
-    assert len(rows) > 10 and set(rows) <= set(tables.splitlines())
+def test_minutes_are_those_of_the_whole_curriculum(tmp_path):
+    log = [{"step": 1, "epoch": 5, "seconds": 100.0}, {"step": 2, "epoch": 6, "seconds": 200.0}]
+    common.write_text(tmp_path / "first/log.jsonl", "\n".join(map(json.dumps, log)))
+    monitored = {"step": 1, "entropy": 5.0, "rank": 7.0}
+    common.write_text(tmp_path / "run/log.jsonl", json.dumps(monitored))
+    result = probe_result(50.0, config={}, pretrain={"init": f"{tmp_path}/first/epoch6.pth"})
+    common.write_json(tmp_path / "run.json", result)
+    row = experiments.columns(experiments.figures(tmp_path / "run.json", tmp_path / "run"))
+    assert row["minutes"] == (60 + 100) / 60 and row["effective rank"] == 7.0
 
 
-def test_results_name_no_path_of_this_machine(runner):
-    text = json.dumps([f"{runner.out}/a {runner.args.data}/train", str(experiments.ROOT / "x")])
-    assert json.loads(runner.tidy(text)) == ["OUT/a DATA/train", "./x"]
+def test_a_run_replaces_its_own_line_alone(tmp_path):
+    path = tmp_path / "experiments.jsonl"
+    for name, seconds in (("b", 1.0), ("a", 1 / 3), ("b", 2.0)):
+        experiments.save(path, name, {"seconds": seconds})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["name"], line["seconds"]) for line in lines] == [("a", 0.333333), ("b", 2.0)]
+    assert all(line["date"] and line["torch"] and line["hardware"] for line in lines)
 
 
-def test_no_result_that_is_kept_names_a_path_of_a_machine():
-    files = list((experiments.ROOT / "results").rglob("*.json"))
-    assert files and not [p for p in files if '"/' in p.read_text()]
+def test_a_finished_run_is_saved_with_its_commands_and_not_made_again(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(experiments, "call", lambda *command: called.append(command))
+    monkeypatch.setattr(experiments, "figures", lambda result, folder: probe_result(50.0))
+    name = "gauss100-noisy-seed0"
+    flags = ["--data", "D", "--out", "O", "--results", str(tmp_path), "--only", name]
+    monkeypatch.setattr("sys.argv", ["experiments.py", *flags])
+    experiments.main()
+    experiments.main()
+    assert [command[0] for command in called] == ["pretrain.py", "probe.py"]
+    assert called[0][-1] == f"O/{name}"
+    result = experiments.read_results(tmp_path / "experiments.jsonl")[name]
+    assert result["commands"] == [f"python {command}" for command in experiments.plan()[name]]
+    assert "gauss100-noisy | 1 | 50.0" in (tmp_path / "experiments.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [
+    "nonsense --data D", "gauss100-nc-seed0", "denoiser-gauss25-kodak --data D"])
+def test_runs_that_cannot_be_made_are_refused_by_name(flags, monkeypatch):
+    words = flags.split()
+    monkeypatch.setattr("sys.argv", ["experiments.py", "--only", *words])
+    with pytest.raises(common.UserError, match=words[0]):
+        experiments.main()
+
+
+# ==== what is kept ================================================================================
+def test_the_tables_are_made_of_the_results():
+    text, panels = experiments.tables(experiments.read_results(RESULTS / "experiments.jsonl"))
+    assert text == (RESULTS / "experiments.md").read_text()
+    assert panels and (RESULTS / "robustness.png").exists()
+
+
+def test_every_figure_of_the_page_is_in_the_tables():
+    tables = (RESULTS / "experiments.md").read_text()
+    page = (RESULTS / "README.md").read_text().split("\n## Speed")[0]  # speed is of bench-*.json
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    rows = [row for row in rows if row.count("|") > 3]  # without those of prose
+    assert len(rows) > 50
+    assert set(rows) <= set(tables.splitlines())
+    quoted = set(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", page))
+    assert len(quoted) > 30
+    assert not [figure for figure in quoted if figure not in tables]
+
+
+def test_results_are_sorted_whole_and_name_no_path_of_a_machine():
+    lines = (RESULTS / "experiments.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    names = [result["name"] for result in results]
+    assert names == sorted(set(names)) and len(names) > 150
+    for result in results:
+        assert result["date"] and ("hardware" in result or "note" in result)
+    for path in Path(RESULTS).glob("*.json*"):
+        assert '"/' not in path.read_text() and " /" not in path.read_text()

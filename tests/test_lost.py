@@ -1,7 +1,6 @@
-"""Nothing is lost: the scan of a folder and its cache, full disks, moved folders, damaged files, signals, failing
-processes. Broken input at random and kills at random moments are in test_fuzz.py."""
+"""Nothing is lost: odd files and folders, damaged checkpoints, full disks, moved folders, signals,
+failing processes. Broken input at random and kills at random moments are in test_fuzz.py."""
 
-import itertools
 import json
 import math
 import os
@@ -10,38 +9,63 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from test_fuzz import FOLDER, MAINS, STAGES, arguments, bomb, call, contents, good, picture, results
+from test_fuzz import (
+    ARRAYS,
+    KINDS,
+    OTHERS,
+    OUTS,
+    PICTURES,
+    ROOT,
+    SCRIPTS,
+    SPOILED,
+    WHOLE,
+    arguments,
+    break_folder,
+    contents,
+    environment,
+    good,
+    picture,
+    results,
+    run_stage,
+    write_picture,
+)
 
 import common
 import pretrain
-import probe
 from common import UserError
 
-ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+TWO = str.split("-m torch.distributed.run --standalone --nproc_per_node 2 --")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """data and runs of every stage, in this process on one thread."""
+    """data and runs of every stage, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield good(tmp_path_factory.mktemp("good"))
     torch.set_num_threads(threads)
 
 
-def script(stage, *argv, launch=(), before="", **kw):
-    """Run a stage's file in another process; `before` is code that runs first."""
-    name = MAINS[stage].__module__
-    start = ["-c", f"import common, {name}\n{before}\ncommon.run({name}.main)"] if before else [ROOT / f"{name}.py"]
-    command = [sys.executable, *launch, *start, *argv]
-    return subprocess.run([*map(str, command)], env=ENV, cwd=ROOT, capture_output=True, text=True, **kw)
+def process(argv, launch=(), folder=ROOT):
+    """Run a Python command line in a process of its own."""
+    command = [sys.executable, *launch, *argv]
+    return subprocess.run([*map(str, command)], env=ENV, cwd=folder, capture_output=True,
+                          text=True, timeout=120)
+
+
+def script(stage, argv, launch=(), before=""):
+    """A stage in a process of its own, or in several; `before` is code that runs first."""
+    name = SCRIPTS[stage].__name__
+    start = [ROOT / f"{name}.py"]
+    if before:
+        start = ["-c", f"import common, {name}\n{before}\ncommon.run({name}.main)"]
+    return process([*start, *argv], launch)
 
 
 def one_line(text):
@@ -50,39 +74,81 @@ def one_line(text):
     return lines[0]
 
 
+def accepted(done, *words):
+    """The output of run_stage(), where it ended with 0 and says these words."""
+    code, text = done
+    assert code == 0, text
+    assert all(word in text for word in words), text
+    return text
+
+
+def refused(done, *words):
+    """The error line of run_stage(), where it ended with 2 and the line has these words."""
+    code, text = done
+    assert code == 2, text
+    line = one_line(text)
+    assert all(word in line for word in words), line
+    return line
+
+
 def images(folder, n=4, suffix=".png"):
+    folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(np.random.default_rng(i), 16, 20)).save(folder / f"{i}{suffix}")
+        write_picture(folder / f"{i}{suffix}", np.random.default_rng(i))
     return folder
 
 
-# ======================================================================================================
-# every kind of file and folder has a decided answer
-# ======================================================================================================
+def train(data, out):
+    return run_stage("train", out, data, out)
+
+
+# ==== every kind of file and folder has a decided answer ==========================================
 REFUSED = {  # kind -> what the line says; all others are used
-    "zero": "empty file", "text": "cannot identify", "truncated": "not a readable image", "nan": "must be finite",
-    "range": "must be finite and in", "channels": "differ in their number of channels", "archive": "magic string",
-    "object": "allow_pickle=False", "flat array": "is neither", "dangling": "link to nothing",
-    "bomb": "decompression bomb", "unknown class": "bird: class unknown", "empty class": "dog: class unknown",
-    "empty val": "no images found", "empty train": "no images found", "no val": "no images found",
-    "no train": "has val/, but no train/", "no data": "no such folder"}
-WHOLE = [k for k in FOLDER if k.split()[0] in ("unknown", "one", "empty", "no")]  # what is wrong with the whole folder
+    "zero": "empty file",
+    "text": "cannot identify",
+    "truncated": "not a readable image",
+    "nan": "must be finite",
+    "infinite": "must be finite",
+    "range": "must be finite and in",
+    "channels": "differ in their number of channels",
+    "archive": "magic string",
+    "object": "allow_pickle=False",
+    "flat array": "is neither",
+    "dangling": "link to nothing",
+    "bomb": "decompression bomb",
+    "unknown class": "bird: class unknown",
+    "empty class": "dog: class unknown",
+    "empty val": "no images found",
+    "empty train": "no images found",
+    "no val": "no images found",
+    "no train": "has val/, but no train/",
+    "no data": "no such folder",
+}
 
 
-@pytest.mark.parametrize("kind", [k for k in FOLDER if k != "flipped"])  # a JPEG may have other bytes and be one
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "flipped"])  # which may still be a JPEG
 def test_every_kind_of_file_is_used_or_refused_by_name_before_training(base, tmp_path, kind):
-    shutil.copytree(base / "data", data := tmp_path / "data")
-    FOLDER[kind](data if kind in WHOLE else data / "train/cat", np.random.default_rng(0))
-    before = {*tmp_path.rglob("*")}
-    code, text = call(probe.main, arguments("check", base / "runs", data, tmp_path / "out"))
-    assert code == (2 if kind in REFUSED else 0), text
+    data = tmp_path / "data"
+    shutil.copytree(base / "data", data)
+    break_folder(kind, data, np.random.default_rng(0), data / "train/cat")
+    before = contents(tmp_path)
+    done = run_stage("check", base / "runs", data, "")
+    assert contents(tmp_path) == before
     if kind in REFUSED:
-        assert REFUSED[kind] in one_line(text) and str(data) in text
-    elif kind not in ("directory", "loop", "lost", "one image"):
-        n = len(common.Folder(data))
-        assert n == 13 and all(x.dtype == np.uint8 and x.shape[2] == 3 for x in map(common.Folder(data).read, range(n)))
-    assert {*tmp_path.rglob("*")} == before
+        refused(done, REFUSED[kind], str(data))
+        return
+    accepted(done)
+    folder = common.Folder(data)
+    if kind in PICTURES:
+        assert len(folder) == 13
+    for i in range(len(folder)):
+        x = folder.read(i)
+        assert x.dtype == torch.uint8 and len(x) == 3
+
+
+def test_the_kinds_are_all_that_the_lists_hold():
+    assert {*KINDS} >= {*REFUSED}
+    assert len(KINDS) == len({*PICTURES} | {*ARRAYS} | {*OTHERS} | {*SPOILED} | {*WHOLE})
 
 
 def grey(folder):
@@ -90,83 +156,47 @@ def grey(folder):
         Image.open(path).convert("L").save(path)
 
 
-def test_grey_val_serves_as_colour_in_every_stage_and_the_reverse_is_refused_before_training(base, tmp_path):
-    shutil.copytree(base, root := tmp_path / "good")
-    for part in ("denoiser", "denoised", "pretrain", "probe"):
-        shutil.rmtree(root / "runs" / part)
-    grey(root / "data/val")
-    for stage, out in (("check", "-"), ("train", "denoiser"), ("apply", "denoised"), ("pretrain", "pretrain/nct-seed0"),
-                       ("probe", "probe/nct-seed0.json"), ("report", "")):
-        code, text = call(MAINS[stage], arguments(stage, root / "runs", root / "data", root / "runs" / out))
-        assert code == 0 and "no samples.png" not in text, text
-    shutil.copytree(base / "data", reverse := tmp_path / "reverse")
-    grey(reverse / "train")
+def test_grey_val_serves_as_colour_in_every_stage(base, tmp_path):
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    shutil.copytree(base / "data", data)
+    grey(data / "val")
+    accepted(run_stage("check", runs, data, ""))
+    for stage, out in [*OUTS.items(), ("report", "")]:
+        text = accepted(run_stage(stage, runs, data, runs / out))
+        assert "no samples.png" not in text
+
+
+def test_colour_val_of_grey_training_images_is_refused_before_training(base, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(base / "data", data)
+    grey(data / "train")
     for stage in ("check", "train"):
-        code, text = call(MAINS[stage], arguments(stage, root / "runs", reverse, tmp_path / stage))
-        assert code == 2 and "has 3, the training images 1" in one_line(text)
+        done = run_stage(stage, base / "runs", data, tmp_path / stage)
+        refused(done, "it has 3, others or the training images have 1")
         assert not (tmp_path / stage).exists()
 
 
-# ======================================================================================================
-# the scan
-# ======================================================================================================
-
-
-def test_large_folder_is_read_once_and_again_only_where_it_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "LARGE", 3)
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
-    images(tmp_path / "data")
-    seen, read = [], common.read_image
-    monkeypatch.setattr(common, "read_image", lambda path, **kw: seen.append(path.name) or read(path, **kw))
-
-    def scanned():
-        seen.clear()
-        return common.Folder(tmp_path / "data").sizes.tolist(), len(seen)
-
-    assert scanned() == ([[16, 20]] * 4, 4)
-    assert scanned() == ([[16, 20]] * 4, 0)
-    Image.fromarray(picture(np.random.default_rng(0), 30, 40)).save(tmp_path / "data/2.png")
-    assert scanned() == ([[16, 20], [16, 20], [30, 40], [16, 20]], 4)
-    for kept in (tmp_path / "cache").iterdir():  # damaged: cut short, then a byte changed
-        kept.write_bytes(kept.read_bytes()[:100])
-    assert scanned()[1] == 4 and scanned()[1] == 0
-    kept = max((tmp_path / "cache").iterdir(), key=lambda p: p.stat().st_size)
-    data = bytearray(kept.read_bytes())
-    data[data.index(np.array([16, 20, 3]).tobytes())] ^= 1
-    kept.write_bytes(data)
-    assert scanned() == ([[16, 20], [16, 20], [30, 40], [16, 20]], 4)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [f"{i}.png" for i in range(4)]
-    monkeypatch.setattr(common, "CACHE", Path("/dev/null/cache"))
-    assert scanned()[1] == scanned()[1] == 4  # no room for it
-
-
+# ==== the check of a folder =======================================================================
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_scan_decodes_no_pixel_of_whole_png_and_jpeg_files(tmp_path, monkeypatch, suffix):
+def test_check_decodes_no_pixel_of_whole_png_and_jpeg_files(tmp_path, monkeypatch, suffix):
     images(tmp_path, suffix=suffix)
     monkeypatch.setattr(Image.Image, "load", None)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
-    assert common.Folder(tmp_path).sizes.tolist() == [[16, 20]] * 4
+    assert common.Folder(tmp_path).shapes.tolist() == [[16, 20, 3]] * 4
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".npy", ".webp"])
 def test_truncated_file_is_named_before_training_starts(tmp_path, suffix):
-    images(tmp_path)
-    np.save(tmp_path / "a.npy", picture(np.random.default_rng(0), 64, 64)) if suffix == ".npy" else Image.fromarray(
-        picture(np.random.default_rng(0), 64, 64)).save(tmp_path / f"a{suffix}")
-    data = (tmp_path / f"a{suffix}").read_bytes()
-    (tmp_path / f"a{suffix}").write_bytes(data[:-len(data) // 3])
-    code, text = call(MAINS["train"], arguments("train", tmp_path, tmp_path, tmp_path / "out"))
-    assert code == 2 and f"a{suffix}: not a readable image" in one_line(text)
+    path = images(tmp_path) / f"a{suffix}"
+    x = picture(np.random.default_rng(0), 64, 64)
+    if suffix == ".npy":
+        np.save(path, x)
+    else:
+        Image.fromarray(x).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:2 * len(data) // 3])
+    refused(train(tmp_path, tmp_path / "out"), f"a{suffix}: not a readable image")
     assert not (tmp_path / "out").exists()
-
-
-def test_bombs_and_bad_values_are_named_before_training_starts(tmp_path):
-    for name, make, message in [("bomb.png", bomb, "decompression bomb"),
-                                ("nan.npy", lambda p: np.save(p, np.full((4, 4, 3), np.nan)), "must be finite"),
-                                ("gone.png", lambda p: os.symlink("nowhere", p), "is gone, or a link to nothing")]:
-        make(images(tmp_path / name) / name)
-        code, text = call(MAINS["train"], arguments("train", tmp_path, tmp_path / name, tmp_path / "out"))
-        assert code == 2 and name in one_line(text) and message in text
 
 
 def test_pipe_with_the_name_of_an_image_is_refused_and_not_waited_for(tmp_path):
@@ -175,32 +205,72 @@ def test_pipe_with_the_name_of_an_image_is_refused_and_not_waited_for(tmp_path):
         common.Folder(tmp_path / "data")
 
 
-def test_extreme_shapes_are_used_but_for_two_that_would_be_padded_to_a_gigantic_one(base, tmp_path):
-    shutil.copytree(base / "data", data := tmp_path / "data")
-    rng = np.random.default_rng(0)
-    Image.new("RGB", (1, 1)).save(data / "train/cat/one.png")
-    Image.fromarray(picture(rng, 3, 20_000)).save(data / "train/cat/wide.png")
-    argv = arguments("pretrain", tmp_path, data, tmp_path / "run")
-    for stage, out in (("train", "denoiser"), ("apply", "denoised")):
-        assert call(MAINS[stage], arguments(stage, tmp_path, data, tmp_path / out))[0] == 0
-    assert call(pretrain.main, argv)[0] == 0
-    Image.fromarray(picture(rng, 20_000, 3)).save(data / "train/cat/tall.png")
-    code, text = call(MAINS["train"], arguments("train", tmp_path, data, tmp_path / "other"))
-    assert code == 2 and "train/cat/tall.png and train/cat/wide.png: cannot be padded to" in one_line(text)
+def test_of_a_large_folder_so_many_files_are_checked_spread_evenly(tmp_path, monkeypatch):
+    images(tmp_path, 9)
+    monkeypatch.setattr(common, "CHECKED", 5)
+    opened, read = [], common.read_image
+
+    def watched(path, **kw):
+        opened.append(path.name)
+        return read(path, **kw)
+
+    monkeypatch.setattr(common, "read_image", watched)
+    folder = common.Folder(tmp_path)
+    assert sorted(opened) == ["0.png", "2.png", "4.png", "6.png", "8.png"]
+    assert len(folder) == 9 and len(folder.shapes) == 5
+    monkeypatch.setattr(common, "CHECKED", 9)
+    opened.clear()
+    assert len(common.Folder(tmp_path).shapes) == len(opened) == 9
+    assert common.Folder(tmp_path).fingerprint() == folder.fingerprint()
 
 
-# ======================================================================================================
-# checkpoints
-# ======================================================================================================
+@pytest.mark.parametrize("broken, begun", [("4.png", False), ("3.png", True)])
+def test_broken_file_is_named_at_the_start_if_checked_else_when_it_is_read(
+        tmp_path, monkeypatch, broken, begun):
+    monkeypatch.setattr(common, "CHECKED", 5)  # the even ones
+    images(tmp_path / "data", 9)
+    (tmp_path / "data" / broken).write_bytes(b"no image")
+    for stage, out in (("train", "denoiser"), ("pretrain", "run")):
+        argv = [] if stage == "train" else ["--denoised", "", "--anchor", "0", "--init", ""]
+        done = run_stage(stage, tmp_path, tmp_path / "data", tmp_path / out, *argv)
+        refused(done, f"{broken}: not a readable image", "move it out of the folder")
+    assert (tmp_path / "denoiser").exists() == begun
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_worker_that_meets_a_broken_file_ends_the_run_with_its_one_line(
+        base, tmp_path, monkeypatch, workers):
+    """Of other channels, which only reading shows; the statistics do not see it."""
+    images(tmp_path / "data", 9)
+    np.save(tmp_path / "data/3.npy", np.zeros((9, 9, 5), np.uint8))
+    (tmp_path / "data/3.png").unlink()
+    monkeypatch.setattr(common, "CHECKED", 5)
+    more = "--cache_gb", "0", "--workers", workers
+    done = run_stage("train", tmp_path, tmp_path / "data", tmp_path / "out", *more)
+    refused(done, "3.npy: files differ in their number of channels, it has 5")
+
+
+def test_images_of_extreme_shapes_go_through_every_stage_together(base, tmp_path):
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    shutil.copytree(base / "data", data)
+    write_picture(data / "train/cat/one.png", rng, height=1, width=1)
+    write_picture(data / "train/cat/wide.png", rng, height=3, width=20_000)
+    write_picture(data / "train/dog/tall.png", rng, height=20_000, width=3)
+    for stage, out in OUTS.items():
+        accepted(run_stage(stage, tmp_path, data, tmp_path / out))
+    for name, shape in (("one", (1, 1)), ("wide", (3, 20_000))):
+        with Image.open(tmp_path / f"denoised/train/cat/{name}.png") as made:
+            assert made.size == shape[::-1]
+
+
+# ==== checkpoints =================================================================================
 def test_checkpoint_with_a_changed_byte_is_reported_and_the_one_before_used(tmp_path, capsys):
     """torch.load itself does not look at the checksums."""
-    path = tmp_path / "checkpoint.pth"
+    path, w = tmp_path / "checkpoint.pth", torch.arange(1000.0)
     for step in (1, 2):
-        common.save_checkpoint(path, {"step": step, "w": torch.arange(1000.0)})
+        common.save_checkpoint(path, {"step": step, "w": w})
     data = bytearray(path.read_bytes())
-    data[data.index(torch.arange(1000.0).numpy().tobytes()) + 2000] ^= 1
+    data[data.index(w.numpy().tobytes()) + 2000] ^= 1
     path.write_bytes(data)
     assert torch.load(path, weights_only=True)["step"] == 2
     assert common.load_checkpoint(path)["step"] == 1
@@ -210,16 +280,20 @@ def test_checkpoint_with_a_changed_byte_is_reported_and_the_one_before_used(tmp_
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     path = tmp_path / "checkpoint.pth"
     common.save_checkpoint(path, {"model": {"w": torch.ones(2)}})
+    moments = {"state": {0: {"w": torch.tensor(math.inf)}}}
     for state in ({"model": {"w": torch.tensor([1, math.nan])}},
-                  {"model": {}, "optimizer": {"state": {0: {"w": torch.tensor(math.inf)}}}}):
-        with pytest.raises(UserError, match=r"w is not finite; the last good checkpoint is kept"):
+                  {"model": {}, "optimizer": moments}):
+        with pytest.raises(UserError, match="w is not finite; the last good checkpoint is kept"):
             common.save_checkpoint(path, state)
     assert common.load_checkpoint(path)["model"]["w"].tolist() == [1, 1]
 
 
 def test_checkpoint_of_another_stage_is_refused(base):
-    code, text = call(MAINS["pretrain"], [*arguments("pretrain", base / "runs", base / "data", base / "runs/denoiser")])
-    assert code == 2 and "another stage's: it has no" in one_line(text)
+    before = contents(base)
+    for stage, out in (("pretrain", "denoiser"), ("train", "pretrain/nct-seed0")):
+        done = run_stage(stage, base / "runs", base / "data", base / "runs" / out)
+        refused(done, "another stage's: it has no")
+    assert contents(base) == before
 
 
 def test_killed_before_the_renaming_loses_nothing_and_leftovers_go(tmp_path):
@@ -229,183 +303,210 @@ def test_killed_before_the_renaming_loses_nothing_and_leftovers_go(tmp_path):
     (tmp_path / ".checkpoint.pth.new.123.tmp").write_bytes(b"half of it")
     assert common.load_checkpoint(path)["step"] == 2
     common.save_checkpoint(path, {"step": 3})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "checkpoint.pth.previous"]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["checkpoint.pth", "checkpoint.pth.previous"]
 
 
-def test_complete_run_is_left_as_it_is_and_other_images_are_refused(base, tmp_path):
-    shutil.copytree(base / "data", tmp_path / "same")
-    shutil.copytree(base / "data", tmp_path / "other")
-    path = next((tmp_path / "other/train").rglob("*.png"))
+@pytest.mark.parametrize("stage", ["train", "first", "pretrain"])
+def test_complete_run_is_left_as_it_is_and_other_images_are_refused(base, tmp_path, stage):
+    same, other = tmp_path / "same", tmp_path / "other"
+    for copy in (same, other):
+        shutil.copytree(base / "data", copy)
+    path = next((other / "train").rglob("*.png"))
     path.write_bytes(path.read_bytes() + b"\0")
-    before = contents(base / "runs")
-    for stage, out in (("train", "denoiser"), ("pretrain", "pretrain/nct-seed0")):
-        for data, expected in (("same", 0), ("other", 2)):
-            argv = arguments(stage, base / "runs", tmp_path / data, base / "runs" / out)
-            code, text = call(MAINS[stage], argv)
-            assert code == expected and ("complete, nothing to do" if code == 0 else "--data ") in text
+    before, out = contents(base / "runs"), base / "runs" / OUTS[stage]
+    accepted(run_stage(stage, base / "runs", same, out), "complete, nothing to do")
+    refused(run_stage(stage, base / "runs", other, out), "--data ", "other settings")
+    refused(run_stage(stage, base / "runs", same, out, "--seed", "7"), "--seed 0 (now 7)")
     assert contents(base / "runs") == before
 
 
 def test_complete_run_of_no_epochs_is_left_as_it_is(base, tmp_path):
-    argv = [*arguments("pretrain", base / "runs", base / "data", tmp_path), "--curriculum", "noisy:0",
-            "--anchor", "0"]
-    code, text = call(pretrain.main, argv)
-    assert code == 0, text
-    before = contents(tmp_path)
-    code, text = call(pretrain.main, argv)
-    assert code == 0 and "complete, nothing to do" in text and contents(tmp_path) == before
+    out = tmp_path / "run"
+    more = "--epochs", "0", "--stop", "0"
+    accepted(run_stage("first", base / "runs", base / "data", out, *more))
+    before = contents(out)
+    done = run_stage("first", base / "runs", base / "data", out, *more)
+    accepted(done, "complete, nothing to do")
+    assert contents(out) == before
 
 
 def test_backbone_without_its_checkpoint_is_not_overwritten(base, tmp_path):
     (tmp_path / "backbone.pth").write_bytes(b"trained for days")
-    code, text = call(pretrain.main, arguments("pretrain", base / "runs", base / "data", tmp_path))
-    assert code == 2 and "backbone.pth without its checkpoint" in one_line(text)
+    done = run_stage("pretrain", base / "runs", base / "data", tmp_path)
+    refused(done, "backbone.pth without its checkpoint")
     assert (tmp_path / "backbone.pth").read_bytes() == b"trained for days"
 
 
 def test_probe_of_other_settings_is_not_overwritten(base, tmp_path):
-    shutil.copy(next((base / "runs/probe").glob("*.json")), out := tmp_path / "p.json")
-    before = out.read_bytes()
-    argv = [*arguments("probe", base / "runs", base / "data", out), "--seed", "7"]
-    code, text = call(probe.main, argv)
-    assert code == 2 and "--seed 0 (now 7)" in one_line(text) and out.read_bytes() == before
+    out = tmp_path / "p.json"
+    shutil.copy(base / "runs/probe/nct-seed0.json", out)
+    before = contents(tmp_path)
+    done = run_stage("probe", base / "runs", base / "data", out, "--seed", "7")
+    refused(done, "--seed 0 (now 7)")
+    assert contents(tmp_path) == before
 
 
 @pytest.fixture
 def half(base, tmp_path):
-    """A copy of the run of pretrain.py, stopped after its first phase; the flags that go on with it."""
-    shutil.copytree(base / "runs/pretrain/nct-seed0", out := tmp_path / "half")
-    shutil.copy(out / "checkpoint.pth.previous", out / "checkpoint.pth")
-    (out / "backbone.pth").unlink()
-    return out, ["--out", out, *STAGES["pretrain"], "--denoised", base / "runs/denoised"]
+    """A copy of the run of pretrain.py that was stopped after its first epoch of two."""
+    out = tmp_path / "half"
+    shutil.copytree(base / "runs/pretrain/nct-seed0", out)
+    (out / "checkpoint.pth.previous").rename(out / "checkpoint.pth")
+    for ended in ("backbone.pth", "summary.json"):
+        (out / ended).unlink()
+    assert common.load_checkpoint(out / "checkpoint.pth")["position"][0] == 1
+    return out
 
 
-def test_run_goes_on_where_its_images_were_moved_to_and_however_a_path_is_spelled(base, half, monkeypatch):
-    out, flags = half
-    shutil.copytree(base / "data", out / "moved")
+def checkpoint(out):
+    return results(out)["checkpoint.pth"]
+
+
+def whole(base):
+    return checkpoint(base / "runs/pretrain/nct-seed0")
+
+
+def test_run_goes_on_where_its_images_were_moved_to_and_however_a_path_is_spelled(
+        base, half, monkeypatch):
+    shutil.copytree(base / "data", half / "moved")
     monkeypatch.chdir(base)
-    code, text = call(pretrain.main, ["--data", out / "moved", *flags[:-1], "runs/../runs/denoised"])
-    assert code == 0, text
-    whole = base / "runs/pretrain/nct-seed0"
-    assert results(out)["checkpoint.pth"] == results(whole)["checkpoint.pth"]
+    more = "--denoised", "runs/../runs/denoised"
+    accepted(run_stage("pretrain", base / "runs", half / "moved", half, *more))
+    assert checkpoint(half) == whole(base)
 
 
 def test_run_on_other_images_is_not_gone_on_with(base, half):
-    out, flags = half
-    shutil.copytree(base / "data", out / "other")
-    (out / "other/train/cat/0.png").unlink()
-    before = contents(out)
-    code, text = call(pretrain.main, ["--data", out / "other", *flags])
-    assert code == 2 and "--data 12 images" in one_line(text) and "(now 11 images" in text
-    assert contents(out) == before
+    other = half / "other"
+    shutil.copytree(base / "data", other)
+    (other / "train/cat/0.png").unlink()
+    before = contents(half)
+    done = run_stage("pretrain", base / "runs", other, half)
+    refused(done, "--data 12 images", "(now 11 images")
+    assert contents(half) == before
 
 
-@pytest.mark.parametrize("stage, out", [("train", "denoiser"), ("pretrain", "pretrain/nct-seed0")])
-def test_run_of_an_fp16_gpu_goes_on_on_the_cpu(base, tmp_path, stage, out):
-    """What such a checkpoint holds: a scaler's state and an optimiser that was fused."""
-    shutil.copytree(base / "runs" / out, run := tmp_path / "run")
-    state = common.load_checkpoint(run / "checkpoint.pth.previous" if stage == "pretrain" else run / "checkpoint.pth")
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    state["scaler"] = scaler.state_dict()
+@pytest.mark.parametrize("stage", ["train", "pretrain"])
+def test_run_of_an_fp16_gpu_goes_on_on_the_cpu(base, half, stage):
+    """Such a checkpoint holds a scaler's state and an optimiser that was fused."""
+    out, steps = half, 6
+    if stage == "train":
+        out, steps = half.parent / "denoiser", 3
+        shutil.copytree(base / "runs/denoiser", out)
+        (out / "quality.json").unlink()
+    state = common.load_checkpoint(out / "checkpoint.pth")
+    state["scaler"] = torch.amp.GradScaler("cpu", enabled=True).state_dict()
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = True
     if stage == "train":
-        state |= {"epoch": 0, "step": 1}
-    common.save_checkpoint(run / "checkpoint.pth", state)
-    for done in ("quality.json", "backbone.pth"):
-        (run / done).unlink(missing_ok=True)
-    code, text = call(MAINS[stage], [*arguments(stage, base / "runs", base / "data", run), "--amp", "bf16"])
-    assert code == 0, text
-    assert len(common.read_log(run / "log.jsonl")) == (3 if stage == "train" else 6)
+        state["position"] = (0, 1, 0.0)
+    common.save_checkpoint(out / "checkpoint.pth", state)
+    accepted(run_stage(stage, base / "runs", base / "data", out, "--amp", "bf16"))
+    log = common.read_log(out / "log.jsonl")
+    assert [r["step"] for r in log] == list(range(1, steps + 1))
 
 
-# ======================================================================================================
-# disks
-# ======================================================================================================
-
-LIMIT = """import atexit, resource, signal
+# ==== disks =======================================================================================
+FULL = """import atexit, resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, limits)  # what coverage writes at the end is not the stage's
-resource.setrlimit(resource.RLIMIT_FSIZE, ({}, limits[1]))"""
+# what coverage writes at the end is not the stage's
+atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))"""
 
 
 def test_full_disk_ends_with_one_line_and_the_last_checkpoint_intact(base, half):
-    out, flags = half
-    before = results(out)["checkpoint.pth"]
-    done = script("pretrain", "--data", base / "data", *flags, before=LIMIT.format(20_000))
-    assert done.returncode == 2 and "checkpoint.pth.new: cannot be written" in one_line(done.stderr), done.stderr
-    assert results(out)["checkpoint.pth"] == before
-    assert not [p for p in out.iterdir() if p.suffix in (".tmp", ".new")]
-    code, text = call(pretrain.main, ["--data", base / "data", *flags])
-    assert code == 0, text
-    assert results(out)["checkpoint.pth"] == results(base / "runs/pretrain/nct-seed0")["checkpoint.pth"]
+    before = checkpoint(half)
+    argv = arguments("pretrain", base / "runs", base / "data", half)
+    done = script("pretrain", argv, before=FULL)
+    assert done.returncode == 2, done.stderr
+    assert "checkpoint.pth.new: cannot be written" in one_line(done.stderr)
+    assert checkpoint(half) == before
+    assert not [p for p in half.iterdir() if p.suffix in (".tmp", ".new")]
+    accepted(run_stage("pretrain", base / "runs", base / "data", half))
+    assert checkpoint(half) == whole(base)
 
 
-def test_log_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "log.jsonl").write_text("")
-    args = common.argparse.Namespace(out=str(tmp_path), log_steps=1, save_minutes=1e9)
-    loop = common.Loop(args, 100, 0, 0.0, lambda seconds: None)
-    (tmp_path / "log.jsonl").unlink()
-    (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"log\.jsonl: cannot be written"):
-        loop.tick({"dino": torch.tensor(1.0)}, 4, {})
+def test_log_that_cannot_be_written_is_named(base, half, monkeypatch):
+    log, update, before = half / "log.jsonl", pretrain.Run.update, checkpoint(half)
+
+    def in_the_way(*args):
+        update(*args)
+        log.unlink()
+        log.mkdir()
+
+    monkeypatch.setattr(pretrain.Run, "update", in_the_way)
+    done = run_stage("pretrain", base / "runs", base / "data", half)
+    refused(done, "log.jsonl: cannot be written", "the last checkpoint is kept")
+    log.rmdir()
+    assert checkpoint(half) == before
 
 
 def test_more_memory_than_there_is_is_one_line(base, tmp_path):
-    argv = [*arguments("pretrain", base / "runs", base / "data", tmp_path), "--prototypes", "99999999999999"]
-    code, text = call(pretrain.main, argv)
-    assert code == 2 and "allocate" in one_line(text)
+    more = "--prototypes", "99999999999999"
+    refused(run_stage("first", base / "runs", base / "data", tmp_path, *more), "allocate")
 
 
-@pytest.mark.parametrize("stage", ["train", "apply", "pretrain", "probe"])
+@pytest.mark.parametrize("stage", ["train", "apply", "first", "pretrain", "probe"])
 def test_folder_that_cannot_be_written_is_one_line(base, tmp_path, stage):
     (tmp_path / "file").write_text("in the way")
-    code, text = call(MAINS[stage], arguments(stage, base / "runs", base / "data", tmp_path / "file/out"))
-    assert code == 2 and "cannot be written" in one_line(text)
+    done = run_stage(stage, base / "runs", base / "data", tmp_path / "file/out")
+    refused(done, "cannot be written")
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_images_that_vanish_while_training_are_one_line_and_the_checkpoint_is_kept(base, half, monkeypatch):
-    out, flags = half
-    shutil.copytree(base / "data", data := out / "data")
-    update = pretrain.Run.update
-    monkeypatch.setattr(pretrain.Run, "update", lambda *a: (update(*a), shutil.rmtree(data, ignore_errors=True)))
-    before = results(out)["checkpoint.pth"]
-    code, text = call(pretrain.main, ["--data", data, *flags, "--cache_gb", "0"])
-    assert code == 2 and "is gone" in one_line(text)
-    assert results(out)["checkpoint.pth"] == before
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_vanish_while_training_are_one_line_and_the_checkpoint_is_kept(
+        base, half, monkeypatch, workers):
+    data, update, before = half / "data", pretrain.Run.update, checkpoint(half)
+    shutil.copytree(base / "data", data)
+    shutil.rmtree(half / "data/val")
+
+    def vanish(*args):
+        update(*args)
+        shutil.rmtree(data, ignore_errors=True)
+
+    monkeypatch.setattr(pretrain.Run, "update", vanish)
+    more = "--cache_gb", "0", "--workers", workers, "--epochs", "2"
+    done = run_stage("pretrain", base / "runs", data, half, *more)
+    if workers == 0:  # a worker may have made all batches before
+        refused(done, "is gone")
+        assert checkpoint(half) == before
+    elif done[0] == 2:
+        refused(done, "is gone")
+    else:
+        accepted(done)
 
 
-def test_half_image_is_made_again_and_foreign_images_are_never_taken_for_denoised_ones(base, tmp_path):
-    shutil.copytree(base / "runs/denoised", out := tmp_path / "denoised")
-    whole = contents(out)
+def test_half_image_is_made_again_and_foreign_images_are_never_taken_for_denoised_ones(
+        base, tmp_path):
+    out = tmp_path / "denoised"
+    shutil.copytree(base / "runs/denoised", out)
+    before = results(tmp_path)
     broken = sorted(out.rglob("*.png"))[:3]
     broken[0].write_bytes(b"")
     broken[1].write_bytes(broken[1].read_bytes()[:100])
-    Image.new("RGB", (3, 3)).save(broken[2])
-    flags = arguments("apply", base / "runs", base / "data", out)
-    assert call(MAINS["apply"], flags)[0] == 0
-    assert {p: v[1] for p, v in contents(out).items()} == {p: v[1] for p, v in whole.items()}
+    broken[2].unlink()
+    accepted(run_stage("apply", base / "runs", base / "data", out), "9 of 12 already denoised")
+    assert len(before) == 18 and results(tmp_path) == before
     (out / "made_by.json").unlink()
-    code, text = call(MAINS["apply"], flags)
-    assert code == 2 and "images that apply did not make" in one_line(text)
+    refused(run_stage("apply", base / "runs", base / "data", out), "images that apply did not make")
 
 
 def test_denoised_images_never_go_among_the_noisy_ones(base, tmp_path):
-    images(tmp_path / "flat")
-    for out in ("flat", "flat/denoised"):
-        code, text = call(MAINS["apply"], arguments("apply", base / "runs", tmp_path / "flat", tmp_path / out))
-        assert code == 2 and "is in the data folder" in one_line(text)
-    assert len(list((tmp_path / "flat").iterdir())) == 4
+    data = images(tmp_path / "flat")
+    for out in (data, data / "denoised"):
+        refused(run_stage("apply", base / "runs", data, out), "is in the data folder")
+    assert len(list(data.iterdir())) == 4
 
 
-# ======================================================================================================
-# training
-# ======================================================================================================
-
-
+# ==== training ====================================================================================
 @pytest.mark.parametrize("entropy, rank, words", [
-    (0.001, 9, "one prototype"), (math.log(16), 9, "stays uniform"), (1.4, 1.1, "the same features"), (1.4, 9, "")])
+    (0.001, 9, "one prototype"),
+    (math.log(16), 9, "stays uniform"),
+    (1.4, 1.1, "the same features"),
+    (1.4, 9, ""),
+])
 def test_collapse_is_told_by_entropy_and_rank(entropy, rank, words):
     text = pretrain.collapse({"entropy": entropy, "rank": rank}, 16)
     assert words in text and bool(text) == bool(words)
@@ -413,130 +514,179 @@ def test_collapse_is_told_by_entropy_and_rank(entropy, rank, words):
 
 @pytest.mark.parametrize("ill, warnings", [(150, 1), (90, 0)])
 def test_collapsed_run_warns_once_and_only_after_long(base, tmp_path, monkeypatch, ill, warnings):
-    calls, monitors = [], pretrain.monitors
+    steps, monitors = [], pretrain.monitors
 
-    def watched(*a):
-        calls.append(1)
-        return monitors(*a) | {"entropy": 0.0 if len(calls) <= ill else 1.4, "rank": 5.0}
+    def watched(*args):
+        steps.append(1)
+        entropy = 0.0 if len(steps) <= ill else 1.4
+        return monitors(*args) | {"entropy": entropy, "rank": 5.0}
 
     monkeypatch.setattr(pretrain, "monitors", watched)
-    argv = arguments("pretrain", base / "runs", base / "data", tmp_path)
-    argv += ["--curriculum", "denoised:15,noisy:1", "--batch_size", "1"]
-    code, text = call(pretrain.main, argv)
-    assert code == 0 and text.count("warning: since 100 steps the teacher gives all images one prototype") == warnings
+    more = str.split("--epochs 16 --stop 0 --batch_size 1")
+    text = accepted(run_stage("first", base / "runs", base / "data", tmp_path, *more))
+    warning = "warning: since 100 steps the teacher gives all images one prototype"
+    assert text.count(warning) == text.count("warning: since") == warnings
 
 
-def test_more_prototypes_than_useful_are_told_at_the_start(base, tmp_path):
-    for k, told in ((120, False), (121, True)):
-        argv = [*arguments("pretrain", base / "runs", base / "data", tmp_path / str(k)), "--prototypes", k]
-        code, text = call(pretrain.main, argv)
-        assert code == 0 and (f"--prototypes {k}: more than about 120" in text) == told
+@pytest.mark.parametrize("prototypes, told", [(120, False), (121, True)])
+def test_more_prototypes_than_useful_are_told_at_the_start(base, tmp_path, prototypes, told):
+    more = "--prototypes", prototypes
+    text = accepted(run_stage("first", base / "runs", base / "data", tmp_path, *more))
+    assert (f"--prototypes {prototypes}: more than about 120" in text) == told
 
 
 def test_rate_that_makes_features_infinite_stops_with_the_loss_and_the_step(base, tmp_path):
-    argv = [*arguments("pretrain", base / "runs", base / "data", tmp_path), "--lr", "1e30", "--warmup_epochs", "0"]
-    code, text = call(pretrain.main, argv)
-    assert code == 2 and "is not finite" in one_line(text)
+    more = "--lr", "1e30", "--warmup_epochs", "0"
+    done = run_stage("first", base / "runs", base / "data", tmp_path, *more)
+    refused(done, "is not finite at step", "use a lower --lr")
 
 
-# ======================================================================================================
-# signals and processes
-# ======================================================================================================
-
-
+# ==== signals =====================================================================================
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_outside_of_the_loops_ends_at_once_with_75(base, tmp_path, name):
-    kill = f"import os, signal\ncommon.Folder = lambda *a, **k: os.kill(os.getpid(), signal.{name})"
-    done = script("probe", *arguments("probe", base / "runs", base / "data", tmp_path / "p.json"), before=kill)
+    kill = f"os.kill(os.getpid(), signal.{name})"
+    before = f"import os, signal\ncommon.Folder = lambda *a, **k: {kill}"
+    argv = arguments("probe", base / "runs", base / "data", tmp_path / "p.json")
+    done = script("probe", argv, before=before)
     assert done.returncode == 75 and done.stderr == "stopped; the same command goes on\n"
 
 
-def test_worker_ends_with_its_process_even_if_torch_does_not_see_it_die(tmp_path):
-    code = ("import os, sys, torch, common\n"
-            "class Blind:\n"
-            "    def is_alive(self): return True\n"
-            "torch.utils.data._utils.worker.ManagerWatchdog = Blind\n"
-            "source = common.Batches(common.Folder(sys.argv[1]), ['noisy'], torch.device('cpu'), 0.0, 1)\n"
-            "batches = source.epoch([[0], [1], [2], [3]])\n"
-            "next(batches)\n"
-            "os._exit(0)")
-    # its output ends when the last process that holds it does
-    subprocess.run([sys.executable, "-c", code, images(tmp_path)], env=ENV, cwd=ROOT, stdout=subprocess.PIPE,
-                   timeout=60, check=True)
+STOP_APPLY = """import os, signal
+real, calls = denoise.denoise_list, []
+def second(*args):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+denoise.denoise_list, denoise.CHUNK = second, 4"""
 
 
 def test_apply_stopped_by_a_signal_goes_on_to_the_same_images(base, tmp_path):
-    kill = ("import os, signal\nreal, calls = denoise.denoise, []\n"
-            "def second(*a, **k):\n"
-            "    calls.append(1)\n"
-            "    return real(*a, **k) if len(calls) < 2 else os.kill(os.getpid(), signal.SIGTERM)\n"
-            "denoise.denoise = second")
-    argv = arguments("apply", base / "runs", base / "data", tmp_path / "out")
-    done = script("apply", *argv, before=kill)
-    some = list((tmp_path / "out").rglob("*.png"))
-    assert done.returncode == 75 and 0 < len(some) < 18, done.stderr
-    assert call(MAINS["apply"], argv)[0] == 0
-    whole = base / "runs/denoised"
-    assert {p.relative_to(tmp_path / "out"): v[1] for p, v in contents(tmp_path / "out").items()} == {
-        p.relative_to(whole): v[1] for p, v in contents(whole).items()}
+    out = tmp_path / "denoised"
+    argv = arguments("apply", base / "runs", base / "data", out)
+    done = script("apply", argv, before=STOP_APPLY)
+    assert done.returncode == 75, done.stderr
+    made = len(common.list_images(out))
+    assert made < 9
+    text = accepted(run_stage("apply", base / "runs", base / "data", out))
+    assert f"train: {made} of 12" in text
+    first = {k: v for k, v in results(base / "runs").items() if k.startswith("denoised/")}
+    assert len(first) == 18 and results(tmp_path) == first
 
 
-# without the dashes torchrun takes probe.py's --run for a flag of its own
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+def test_signals_stop_the_chain_between_two_stages_too(base, tmp_path):
+    """run.sh forgets no signal: one that comes while no stage runs, or before a stage listens,
+    ends it with 75."""
+    env = environment(tmp_path)
+    python = tmp_path / "bin/python3"
+    kill = 'case "$*" in *check*) kill -TERM $PPID;; esac'
+    python.write_text(f'#!/bin/sh\n{kill}\nexec "{sys.executable}" "$@"\n')
+    command = ["bash", ROOT / "run.sh", "--data", base / "data", "--preset", "demo",
+               "--out", tmp_path / "out"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75 and not (tmp_path / "out").exists(), done.stderr
 
 
-def test_two_processes_denoise_as_one_to_the_bit_and_a_run_of_two_goes_on_with_one(base, tmp_path):
-    done = script("apply", *arguments("apply", base / "runs", base / "data", tmp_path / "denoised"), launch=TWO)
+# ==== processes ===================================================================================
+BLIND = """import os, sys, torch, common
+class Blind:
+    def is_alive(self): return True
+torch.utils.data._utils.worker.ManagerWatchdog = Blind
+folder = common.Folder(sys.argv[1])
+batches = common.prefetch(folder.read, [(0,), (1,), (2,), (3,)], torch.device("cpu"), 1)
+next(batches)
+os._exit(0)"""
+
+
+def test_worker_ends_with_its_process_even_if_torch_does_not_see_it_die(tmp_path):
+    """Its output ends when the last process that holds it does."""
+    done = process(["-c", BLIND, images(tmp_path)])
     assert done.returncode == 0, done.stderr
-    one, two = ({k: v for k, v in results(p).items() if k.endswith(".png")} for p in (base / "runs", tmp_path))
-    assert len(one) == 18 and one == two
-    argv = arguments("pretrain", base / "runs", base / "data", tmp_path / "run")
-    script("pretrain", *argv, launch=TWO)
-    run = tmp_path / "run"
-    shutil.copy(run / "checkpoint.pth.previous", run / "checkpoint.pth")  # before the last epoch's end
-    state = common.load_checkpoint(run / "checkpoint.pth")
-    (run / "backbone.pth").unlink()
-    code, text = call(pretrain.main, argv)
-    assert code == 0, text
-    logs = [common.read_log(p / "log.jsonl") for p in (base / "runs/pretrain/nct-seed0", run)]
-    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] == list(range(1, 7))
-    assert 3 <= state["position"][3] < 6
-    np.testing.assert_allclose([r["total"] for r in logs[1]], [r["total"] for r in logs[0]], rtol=1e-3)
+
+
+SMALL_CHUNKS = """import sys
+sys.path.insert(0, {root!r})
+import common, denoise
+denoise.CHUNK = 4
+common.run(denoise.main)
+"""
+
+
+def test_two_processes_denoise_as_one_to_the_bit(base, tmp_path):
+    argv = arguments("apply", base / "runs", base / "data", tmp_path / "denoised")
+    small = tmp_path / "small.py"
+    small.write_text(SMALL_CHUNKS.format(root=str(ROOT)))
+    done = process([small, *argv], TWO)
+    assert done.returncode == 0, done.stderr
+    made = results(tmp_path)
+    first = {k: v for k, v in results(base / "runs").items() if k in made}
+    assert len(first) == 18 and made == first
+
+
+def test_run_of_two_processes_goes_on_with_one(base, tmp_path):
+    argv = arguments("pretrain", base / "runs", base / "data", tmp_path)
+    done = script("pretrain", argv, TWO)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "checkpoint.pth.previous").rename(tmp_path / "checkpoint.pth")
+    (tmp_path / "summary.json").unlink()
+    accepted(run_stage("pretrain", base / "runs", base / "data", tmp_path), "epoch 2/2")
+    one, two = (common.read_log(out / "log.jsonl")
+                for out in (base / "runs/pretrain/nct-seed0", tmp_path))
+    assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(1, 7))
+    totals = [[r["total"] for r in log] for log in (two, one)]
+    np.testing.assert_allclose(*totals, rtol=1e-3)
 
 
 def test_two_processes_probe_as_one_to_the_bit(base, tmp_path):
-    for split, k in itertools.product(("train", "val"), ("cat", "dog")):
-        images(tmp_path / "data" / split / k, 70)  # three batches of 64 a split: two and one
-    argv = [*arguments("probe", base / "runs", tmp_path / "data", tmp_path / "probe/two.json"), "--views", "1"]
-    done = script("probe", *argv, launch=TWO)
-    assert done.returncode == 0 and done.stdout.count("linear") == 1, done.stdout + done.stderr
-    code, text = call(MAINS["probe"], [*argv, "--out", tmp_path / "probe/one.json"])
-    assert code == 0, text
-    assert results(tmp_path)["probe/two.json"] == results(tmp_path)["probe/one.json"]
+    for split in ("train", "val"):
+        for k in ("cat", "dog"):
+            images(tmp_path / "data" / split / k, 70)  # three chunks of 64: two and one
+    data, out = tmp_path / "data", tmp_path / "probe"
+    argv = arguments("probe", base / "runs", data, out / "two.json", "--views", "1")
+    done = script("probe", argv, TWO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("linear") == 1
+    accepted(run_stage("probe", base / "runs", data, out / "one.json", "--views", "1"))
+    figures = results(tmp_path)
+    assert figures["probe/two.json"] == figures["probe/one.json"]
+
+
+FAILING = """import os, sys
+sys.path.insert(0, {root!r})
+import common, pretrain
+update, steps = pretrain.Run.update, []
+def fail(run, *args):
+    steps.append(1)
+    if len(steps) == 3 and common.world()[0] == 1:
+        {what}
+    update(run, *args)
+pretrain.Run.update = fail
+common.run(pretrain.main)
+"""
 
 
 @pytest.mark.parametrize("what, cause", [
-    ("raise common.UserError('train/1.png: not a readable image')", "error: train/1.png: not a readable image"),
-    ("raise IndexError('a bug')", "IndexError: a bug"), ("os._exit(9)", "exitcode  : 9")])
+    ("raise common.UserError('train/1.png: not an image')", "error: train/1.png: not an image"),
+    ("raise IndexError('a bug')", "IndexError: a bug"),
+    ("os._exit(9)", "exitcode  : 9"),
+])
 def test_process_that_fails_ends_the_job_soon_with_the_cause_on_top(base, tmp_path, what, cause):
-    (tmp_path / "failing.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport common, pretrain\nupdate = pretrain.Run.update\n"
-        "def fail(run, *a):\n    if run.total == 2 and common.world()[0] == 1:\n"
-        f"        {what}\n    update(run, *a)\n"
-        "pretrain.Run.update = fail\ncommon.run(pretrain.main)\n")
+    failing = tmp_path / "failing.py"
+    failing.write_text(FAILING.format(root=str(ROOT), what=what))
+    argv = arguments("pretrain", base / "runs", base / "data", tmp_path / "run")
     begun = time.time()
-    argv = [*TWO, tmp_path / "failing.py", *arguments("pretrain", base / "runs", base / "data", tmp_path / "run")]
-    done = subprocess.run([sys.executable, *map(str, argv)], env=ENV, capture_output=True, text=True, timeout=120)
+    done = process([failing, *argv], TWO)
     assert done.returncode == 1 and time.time() - begun < 60
     assert cause in done.stderr and done.stderr.count("Traceback") <= 2, done.stderr
-    ours = [line for line in done.stderr.splitlines() if "Traceback" in line or line.startswith(("error:", "stopped:"))]
     if "UserError" in what:
+        starts = ("error:", "stopped:", "Traceback")
+        ours = [line for line in done.stderr.splitlines() if line.startswith(starts)]
         assert ours[0] == cause
     assert (tmp_path / "run/config.json").exists()
 
 
 def test_every_image_is_seen_once_in_an_epoch_whatever_the_number_of_processes(monkeypatch):
-    order = torch.randperm(24, generator=common.generator(0, 0, 0)).view(-1, 8)
+    order = torch.randperm(24).view(-1, 8)
     for size in (1, 2, 4, 8):
         seen = []
         for rank in range(size):
@@ -545,37 +695,31 @@ def test_every_image_is_seen_once_in_an_epoch_whatever_the_number_of_processes(m
         assert torch.equal(torch.cat(seen, 1), order)
 
 
-def test_signals_stop_the_chain_between_two_stages_too(base, tmp_path):
-    """run.sh forgets no signal: one that comes while no stage runs, or before a stage listens, ends it with 75."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python3").write_text(
-        f'#!/bin/sh\ncase "$*" in *check*) kill -TERM $PPID;; esac\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "bin/python3").chmod(0o755)
-    env = {**ENV, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    command = ["bash", ROOT / "run.sh", "--data", base / "data", "--preset", "demo", "--out", tmp_path / "out"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 75 and not (tmp_path / "out").exists(), done.stderr
-
-
+# ==== probes and configs ==========================================================================
 def test_probe_is_made_again_only_where_its_images_or_its_backbone_changed(base, tmp_path):
     for part in ("data", "runs"):
         shutil.copytree(base / part, tmp_path / part)
     out, run = tmp_path / "figures.json", tmp_path / "runs/pretrain/nct-seed0"
 
     def probed():
-        before = out.read_bytes() if out.exists() else b""
-        code, text = call(probe.main, arguments("probe", tmp_path / "runs", tmp_path / "data", out))
-        assert code == 0 and ("complete, nothing to do" in text) == (out.read_bytes() == before)
-        return out.read_bytes() != before
+        before = contents(tmp_path)
+        text = accepted(run_stage("probe", tmp_path / "runs", tmp_path / "data", out))
+        changed = contents(tmp_path) != before
+        assert ("complete, nothing to do" in text) == (not changed)
+        return changed
 
     assert probed() and not probed()
-    Image.fromarray(picture(np.random.default_rng(9), 20, 24)).save(tmp_path / "data/val/cat/0.png")
+    rng = np.random.default_rng(9)
+    write_picture(tmp_path / "data/val/cat/0.png", rng, height=20, width=24)
     assert probed() and not probed()
-    common.write_json(run / "summary.json", {**common.read_json(run / "summary.json"), "seconds": 99.0})  # trained anew
+    summary = common.read_json(run / "summary.json")
+    common.write_json(run / "summary.json", {**summary, "seconds": 99.0})  # trained anew
     assert probed() and not probed()
 
 
 def test_config_files_are_json_of_what_was_asked_for(base):
     config = json.loads((base / "runs/pretrain/nct-seed0/config.json").read_text())
-    assert config["data"] == str(base / "data") and config["files"].startswith("12 images of 3 channels, ")
+    assert config["data"] == str(base / "data")
+    assert config["files"].startswith("12 images of 3 channels, ")
+    assert config["source"] == "noisy" and config["anchor"] == 1
     assert signal.getsignal(signal.SIGTERM) is not common.leave

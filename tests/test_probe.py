@@ -1,12 +1,14 @@
-"""probe.py held to DINOv2's protocol and to its own promises: torch.optim, plain loops, Pillow, hooks; and the whole
-stage, report included, on a small folder."""
+"""probe.py held to DINOv2's protocol and to its own promises: torch.optim, plain loops, Pillow,
+hooks; and the whole stage, report included, on a small folder."""
 
 import copy
-import itertools
+import hashlib
 import json
 import math
+import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +24,10 @@ import probe
 from common import UserError
 
 CPU = torch.device("cpu")
-SIZE = ["--img_size", "32", "--resize", "32"]
-QUICK = ["--workers", "0", "--device", "cpu", *SIZE, "--iterations", "20"]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PLAIN = ["--workers", "0", "--device", "cpu"]
+QUICK = [*PLAIN, "--img_size", "32", "--resize", "32", "--iterations", "20"]
+NOISE = ["--noise", "gauss50"]
 
 
 def gen(seed=0):
@@ -34,544 +38,991 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=gen(seed))
 
 
+def randint(high, *shape, seed=0):
+    return torch.randint(high, shape, generator=gen(seed))
+
+
+def random_bytes(*shape, seed=0):
+    return randint(256, *shape, seed=seed).to(torch.uint8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def undisturbed():
+    """The stages set signal handlers."""
+    handlers = {s: signal.getsignal(s) for s in SIGNALS}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Relative paths of a test lie in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
 def save(path, x):
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(x).save(path)
 
 
-# ======================================================================================================
-# linear heads
-# ======================================================================================================
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def call(stage, *argv):
+    """Run a stage as its script does; gives the exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["stage.py", *map(str, argv)])
+        common.run(stage.main)
+    return stopped.value.code
+
+
+def refused(capsys, *argv):
+    """Run probe.py; it must end with exit code 2. Gives the line that it wrote."""
+    capsys.readouterr()
+    assert call(probe, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# ==== linear heads ================================================================================
+X = randn(2, 40, 5, 3)  # two views of 40 images, 5 tokens of width 3
+Y = randint(3, 40, seed=1)
+KEEP = torch.arange(40).remainder(5).nonzero().flatten()  # 32 of the images
+
+
+def protocol(**kw):
+    return SimpleNamespace(**{"iterations": 30, "batch_size": 16, "seed": 4, **kw})
 
 
 def test_heads_are_13_rates_times_4_inputs():
-    rates = [m * 10.0**-p for p in (5, 4, 3, 2) for m in (1, 2, 5)] + [0.1]
-    np.testing.assert_allclose(probe.RATES, rates, rtol=1e-12)
-    assert len(probe.RATES) * len(probe.head_inputs(3)) == 52
+    rates = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
+    assert pytest.approx(rates, rel=1e-12) == probe.RATES
+    assert len(rates) * len(probe.INPUTS) == 52
 
 
-def test_heads_see_the_class_tokens_of_the_last_1_or_4_blocks_with_and_without_the_mean_patch_token():
-    features = torch.tensor([10.0, 20, 30, 40, 50]).repeat_interleave(2)  # cls of block -1, -2, -3, -4, patches
-    seen = [set((features * mask).unique().tolist()) - {0} for mask in probe.head_inputs(2)]
-    assert seen == [{10}, {10, 50}, {10, 20, 30, 40}, {10, 20, 30, 40, 50}]
-    assert set(probe.head_inputs(2).unique().tolist()) == {0, 1}
+@pytest.mark.parametrize(("name", "seen"), [
+    ("1 block", [10]), ("1 block + patches", [10, 50]),
+    ("4 blocks", [10, 20, 30, 40]), ("4 blocks + patches", [10, 20, 30, 40, 50])])
+def test_heads_see_the_class_tokens_of_the_last_blocks_with_and_without_patches(name, seen):
+    # class tokens of block -1, -2, -3, -4, the mean patch token
+    features = torch.tensor([10.0, 20, 30, 40, 50]).view(1, 5, 1).expand(1, 5, 2)
+    tokens = probe.INPUTS[name]
+    picking = torch.eye(2 * len(tokens))[:, None]  # one head, a class for each input
+    logits = probe.head_logits(features, tokens, picking, torch.zeros(1, 2 * len(tokens)))
+    assert logits.flatten().tolist() == [value for value in seen for _ in range(2)]
 
 
-X, Y = randn(2, 40, 15), torch.randint(3, (40,), generator=gen(1))  # two views, 40 images, 5 tokens of width 3
-MASKS = probe.head_inputs(3)
+def test_logits_of_every_head_are_its_own_weights_times_the_features():
+    x, tokens = X[0], [0, 4]
+    weight, bias = randn(6, 13, 3), randn(13, 3)
+    logits = probe.head_logits(x, tokens, weight, bias)
+    for k in range(13):
+        expected = x[:, tokens].flatten(1) @ weight[:, k] + bias[k]
+        torch.testing.assert_close(logits[:, k], expected)
 
 
-def test_the_52_heads_trained_together_equal_each_trained_alone():
-    weight, bias = probe.train_heads(X, Y, 3, probe.RATES, MASKS, 30, 16, seed=4)
-    assert weight.shape == (52, 15, 3) and bias.shape == (52, 3)
-    heads = list(itertools.product(range(4), range(13)))  # by mask, then rate
-    for i, (m, r) in enumerate(heads):
-        w, b = probe.train_heads(X, Y, 3, probe.RATES[r:r + 1], MASKS[m:m + 1], 30, 16, seed=4)
-        assert torch.allclose(weight[i], w[0], rtol=1e-5, atol=1e-5) and torch.allclose(bias[i], b[0], 1e-5, 1e-5)
-    assert len({tuple(b.tolist()) for b in bias}) == 52
+@pytest.fixture
+def drawn(monkeypatch):
+    """What train_heads draws: (image, view) of every step."""
+    seen, randint = [], torch.randint
+
+    def watched(*args, **kw):
+        seen.append(randint(*args, **kw))
+        return seen[-1]
+
+    monkeypatch.setattr(torch, "randint", watched)
+    return seen
 
 
-@pytest.mark.parametrize(("mask", "rate", "batch"), [(0, 0.1, 16), (3, 0.05, 16), (1, 0.1, 100)])
-def test_head_equals_torch_sgd_with_momentum_and_a_cosine_to_0(monkeypatch, mask, rate, batch):
-    drawn, randint = [], torch.randint
-    monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn.append(randint(*a, **k)) or drawn[-1])
-    weight, bias = probe.train_heads(X, Y, 3, [0.01, rate], MASKS, 25, batch, seed=2)
-    monkeypatch.undo()
-    assert len(drawn) == 25 and {int(d[1].remainder(2).unique().numel()) for d in drawn} == {2}  # both views are used
-    start, _ = probe.train_heads(X, Y, 3, [0.01, rate], MASKS, 0, batch, seed=2)
-    inputs = MASKS[mask].nonzero()[:, 0]
-    head = torch.nn.Linear(len(inputs), 3)
-    with torch.no_grad():
-        head.weight.copy_(start[2 * mask + 1][inputs].T)
-        head.bias.zero_()
-    size = min(batch, 40)  # a batch is never larger than the set
-    optimizer = torch.optim.SGD(head.parameters(), lr=rate * size / 256, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=25)
-    for pick, view in drawn:
-        assert len(pick) == size
+def train_alone(x, y, start, rate, steps):
+    """(weight, bias) of one head by torch's own SGD and cosine; x (V, N, F), start (F, classes),
+    steps: (images, views) of every step."""
+    head = torch.nn.Linear(*start.shape)
+    head.weight.data = start.T.clone()
+    torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(steps))
+    for images, views in steps:
         optimizer.zero_grad()
-        F.cross_entropy(head(X[view % 2, pick][:, inputs]), Y[pick]).backward()
+        logits = head(x[views, images])
+        F.cross_entropy(logits, y[images]).backward()
         optimizer.step()
         schedule.step()
-    torch.testing.assert_close(weight[2 * mask + 1][inputs].T, head.weight.detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(bias[2 * mask + 1], head.bias.detach(), rtol=1e-4, atol=1e-6)
-    assert (head.bias.abs() > 1e-4).any()
-    assert not weight[2 * mask + 1][MASKS[mask] == 0].any()  # a head has no weight on what it does not see
+    return head.weight.detach().T, head.bias.detach()
+
+
+@pytest.mark.parametrize("name", probe.INPUTS)
+@pytest.mark.parametrize(("batch", "size"), [(16, 16), (100, 32)])  # never larger than the set
+def test_heads_trained_together_equal_each_trained_alone_by_torchs_sgd(drawn, name, batch, size):
+    tokens, args = probe.INPUTS[name], protocol(batch_size=batch)
+    start, zero = probe.train_heads(X, Y, 3, tokens, protocol(iterations=0), KEEP)
+    assert start.shape == (3 * len(tokens), 13, 3)
+    assert zero.shape == (13, 3)
+    drawn.clear()
+    weight, bias = probe.train_heads(X, Y, 3, tokens, args, KEEP)
+    assert len(drawn) == 30
+    assert drawn[0].shape == (2, size)
+    steps = [(KEEP[image], view.remainder(2)) for image, view in drawn]
+    for k, rate in enumerate(probe.RATES):
+        assert torch.equal(start[:, k], start[:, 0])
+        alone = train_alone(X[:, :, tokens].flatten(2), Y, start[:, k], rate * size / 256, steps)
+        torch.testing.assert_close((weight[:, k], bias[k]), alone, rtol=1e-4, atol=1e-6)
+    assert len(bias.unique(dim=0)) == 13
+
+
+def test_heads_use_all_views_and_all_images_to_train_on(drawn):
+    probe.train_heads(X, Y, 3, [0], protocol(iterations=50), KEEP)
+    images, views = torch.cat(drawn, 1)
+    assert set(images.tolist()) == set(range(32))
+    assert set(views.remainder(2).tolist()) == {0, 1}
+
+
+def test_heads_start_from_normal_weights_of_a_hundredth_which_the_seed_draws():
+    def start(seed):
+        x = torch.zeros(1, 1, 5, 400)
+        args = protocol(iterations=0, seed=seed)
+        return probe.train_heads(x, Y[:1], 5, [0], args, torch.tensor([0]))[0][:, 0]
+
+    assert start(1).std().item() == pytest.approx(0.01, rel=0.05)  # as DINOv2's
+    assert torch.equal(start(1), start(1))
+    assert not torch.equal(start(1), start(2))
 
 
 def test_accuracy_is_the_share_of_right_answers_of_every_head():
-    x, y, weight, bias = randn(2100, 6), torch.randint(4, (2100,), generator=gen(2)), randn(3, 6, 4), randn(3, 4)
-    got = probe.accuracy(x, y, weight, bias)
+    x, y = randn(2100, 5, 3), randint(4, 2100, seed=2)  # more than two chunks
+    weight, bias = randn(6, 3, 4), randn(3, 4)
+    got = probe.accuracy(x, y, [0, 4], weight, bias)
     for h in range(3):
-        right = sum(int((x[i] @ weight[h] + bias[h]).argmax() == y[i]) for i in range(2100))
-        assert got[h].item() == pytest.approx(100 * right / 2100)
+        right = 0
+        for features, label in zip(x, y, strict=True):
+            logits = features[[0, 4]].flatten() @ weight[:, h] + bias[h]
+            right += int(logits.argmax() == label)
+        assert got[h].item() == pytest.approx(right / 21)
 
 
 def test_hold_out_is_a_tenth_of_every_class_and_reproducible():
     counts = [30, 10, 104, 5, 2, 1]
-    y = torch.arange(6).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts), generator=gen())]
+    y = torch.arange(6).repeat_interleave(torch.tensor(counts))
+    y = y[torch.randperm(len(y), generator=gen())]
     held = probe.hold_out(y, 3)
-    assert [int(held[y == k].sum()) for k in range(6)] == [3, 1, 10, 1, 1, 0]  # a lone image stays in training
-    assert torch.equal(held, probe.hold_out(y, 3)) and not torch.equal(held, probe.hold_out(y, 4))
-    often = sum(probe.hold_out(y, seed).double() for seed in range(300))[y == 0]
-    assert often.min() > 8 and often.max() < 58  # each image 30 times of 300, within five deviations
+    assert y[held].bincount(minlength=6).tolist() == [3, 1, 10, 1, 1, 0]  # a lone image is kept
+    assert torch.equal(held, probe.hold_out(y, 3))
+    assert not torch.equal(held, probe.hold_out(y, 4))
+    often = sum(probe.hold_out(y, seed).int() for seed in range(300))
+    of_first = often[y == 0]  # each image 30 times of 300, within five deviations
+    assert of_first.min() > 8
+    assert of_first.max() < 58
 
 
 @pytest.mark.parametrize("seed", [5, 6, 7])
 def test_head_is_chosen_on_the_central_view_of_held_out_images_and_trained_on_the_others(seed):
     y = torch.arange(3).repeat(40)
-    x = randn(2, 120, 5, 3) + 0.7 * randn(3, 5, 3, seed=1)[y]
-    args = SimpleNamespace(seed=seed, iterations=40, batch_size=32)
-    held, flat = probe.hold_out(y, seed), x.flatten(2)
-    weight, bias = probe.train_heads(flat[:, ~held], y[~held], 3, probe.RATES, MASKS, 40, 32, seed)
-    scores = [float(((flat[0, held] @ w + b).argmax(1) == y[held]).double().mean() * 100)
-              for w, b in zip(weight, bias, strict=True)]
-    best = scores.index(max(scores))
-    measure, chosen = probe.linear_probe(x, y, 3, args)
-    names = ["1 block", "1 block + patches", "4 blocks", "4 blocks + patches"]
+    centres = 0.7 * randn(3, 5, 3, seed=1)
+    x = randn(2, 120, 5, 3) + centres[y]
+    args = protocol(seed=seed, iterations=40, batch_size=32)
+    held = probe.hold_out(y, seed)
+    keep = (~held).nonzero().flatten()
+    heads = []
+    for name, tokens in probe.INPUTS.items():
+        weight, bias = probe.train_heads(x, y, 3, tokens, args, keep)
+        scores = probe.accuracy(x[0, held], y[held], tokens, weight, bias).tolist()
+        for k, score in enumerate(scores):
+            chosen = {"head": name, "rate": probe.RATES[k], "held_out": score}
+            heads.append((chosen, tokens, weight[:, k], bias[k]))
+    scores = [chosen["held_out"] for chosen, *_ in heads]
     assert len(set(scores)) > 3
-    assert (chosen["head"], chosen["rate"]) == (names[best // 13], probe.RATES[best % 13])
-    assert chosen["held_out"] == pytest.approx(max(scores))
-    test_x, test_y = randn(50, 5, 3, seed=9), torch.randint(3, (50,), generator=gen(6))
-    right = ((test_x.flatten(1) @ weight[best] + bias[best]).argmax(1) == test_y).double().mean()
-    assert measure(test_x, test_y) == pytest.approx(100 * float(right))
+    expected, *head = heads[scores.index(max(scores))]  # the first of the best
+    (tokens, weight, bias), chosen = probe.linear_probe(x, y, 3, args)
+    assert chosen == expected
+    torch.testing.assert_close([tokens, weight[:, 0], bias[0]], head)
 
 
-# ======================================================================================================
-# k-NN and retrieval
-# ======================================================================================================
+# ==== k-NN and retrieval ==========================================================================
+def cosines(a, b):
+    """Cosine similarities (N, M) of the rows of (N, D) and (M, D), in float64."""
+    a, b = a.double(), b.double()
+    lengths = a.norm(dim=1)[:, None] * b.norm(dim=1)
+    return a @ b.T / lengths
 
 
-def unit(v):
-    v = np.asarray(v, dtype=np.float64)
-    return v / np.sqrt((v * v).sum())
+def plain_knn(train_x, train_y, x, y, k):
+    right = 0
+    for similarity, label in zip(cosines(x, train_x).tolist(), y.tolist(), strict=True):
+        nearest = sorted(zip(similarity, train_y.tolist(), strict=True), reverse=True)[:k]
+        votes = [0.0] * 4
+        for s, kind in nearest:
+            votes[kind] += math.exp(s / 0.07)
+        right += votes.index(max(votes)) == label
+    return 100 * right / len(y)
 
 
-def test_knn_equals_plain_loops():
-    train_y, y = torch.randint(4, (60,), generator=gen(1)), torch.randint(4, (530,), generator=gen(2))  # two chunks
+def test_knn_equals_plain_loops(monkeypatch):
+    assert probe.NEIGHBORS == (10, 20, 100, 200)
+    monkeypatch.setattr(probe, "NEIGHBORS", (1, 10, 20, 200))  # 200: more than there are
+    train_y, y = randint(4, 60, seed=1), randint(4, 530, seed=2)  # two chunks
     centres = randn(4, 8, seed=3)
     train_x, x = randn(60, 8) + centres[train_y], randn(530, 8, seed=5) * 3 + centres[y]
-    train_x *= torch.rand(60, 1, generator=gen(6)) + 0.5  # lengths must not matter
-    expected = {}
-    for k in (1, 10, 20, 200):
-        right = 0
-        for q, label in zip(x, y.tolist(), strict=True):
-            near = sorted(((float(unit(q) @ unit(t)), int(c)) for t, c in zip(train_x, train_y, strict=True)),
-                          reverse=True)[:k]
-            votes = [sum(math.exp(s / 0.07) for s, c in near if c == kind) for kind in range(4)]
-            right += votes.index(max(votes)) == label
-        expected[k] = 100 * right / 530
-    assert probe.knn(train_x, train_y, x, y, 4, (1, 10, 20, 200)) == pytest.approx(expected)
-    assert len(set(expected.values())) >= 3 and probe.NEIGHBORS == (10, 20, 100, 200)
+    train_x *= 0.5 + torch.rand(60, 1, generator=gen(6))  # lengths must not matter
+    expected = {str(k): plain_knn(train_x, train_y, x, y, k) for k in (1, 10, 20, 200)}
+    assert probe.knn(train_x, train_y, x, y, 4) == pytest.approx(expected)
+    assert len(set(expected.values())) >= 3
 
 
 def plain_map(x, y):
-    values = []
+    similarity, values = cosines(x, x), []
     for i in range(len(x)):
-        order = sorted((j for j in range(len(x)) if j != i), key=lambda j: -float(unit(x[i]) @ unit(x[j])))
-        hits = [bool(y[j] == y[i]) for j in order]
-        if any(hits):
-            values.append(np.mean([sum(hits[:r + 1]) / (r + 1) for r, h in enumerate(hits) if h]))
+        others = [j for j in range(len(x)) if j != i]
+        others.sort(key=lambda j: -similarity[i, j].item())  # noqa: B023
+        precisions, found = [], 0
+        for rank, j in enumerate(others, 1):
+            if y[j] == y[i]:
+                found += 1
+                precisions.append(found / rank)
+        if precisions:
+            values.append(np.mean(precisions))
     return 100 * np.mean(values)
 
 
 def test_retrieval_map_equals_plain_loops_and_leaves_out_queries_without_partner():
-    y = torch.tensor([0] * 20 + [1] * 15 + [2] * 2 + [3])
-    x = randn(38, 6) + 0.5 * randn(4, 6, seed=1)[y]
-    assert probe.retrieval_map(x, y) == pytest.approx(plain_map(x, y))
-    assert probe.retrieval_map(x[:-1], y[:-1]) != pytest.approx(plain_map(x, y))  # as a distractor it counts
-    assert probe.retrieval_map(x[-4:], torch.arange(4)) is None
+    y = torch.arange(4).repeat_interleave(torch.tensor([20, 15, 2, 1]))
+    centres = 0.5 * randn(4, 6, seed=1)
+    x = randn(38, 6) + centres[y]
+    expected = plain_map(x, y)
+    assert probe.retrieval_map(x, y) == pytest.approx(expected)
+    without = probe.retrieval_map(x[:37], y[:37])
+    assert without != pytest.approx(expected)  # the last one, alone of its class, is a distractor
+    assert probe.retrieval_map(x[:4], torch.arange(4)) is None
 
 
-def test_retrieval_map_of_more_queries_than_a_chunk():
-    """Two classes in turn on a circle: of the 599 others, the places of an image's class are known."""
-    angle = torch.arange(600) * 2 * math.pi / 600 + 1e-4 * torch.rand(600, generator=gen())
-    x, y = torch.stack([angle.cos(), angle.sin()], 1).double(), torch.arange(600) % 2
+def test_retrieval_map_of_two_classes_in_turn_on_a_circle():
+    """Of the 599 others, the places of an image's class are known."""
+    angle = torch.arange(600, dtype=torch.double) * 2 * math.pi / 600
+    angle += 1e-4 * torch.rand(600, generator=gen())
+    x, y = torch.stack([angle.cos(), angle.sin()], 1), torch.arange(600) % 2
     # both neighbours are of the other class, the next two of the same one, and so on
-    hits = ([0, 0, 1, 1] * 150)[:599]
-    precision = [sum(hits[:r + 1]) / (r + 1) for r, h in enumerate(hits) if h]
-    assert probe.retrieval_map(x, y) == pytest.approx(100 * np.mean(precision), rel=1e-9)
+    ranks = [rank for rank in range(1, 600) if rank % 4 in (3, 0)]
+    precisions = [k / rank for k, rank in enumerate(ranks, 1)]
+    assert probe.retrieval_map(x, y) == pytest.approx(100 * np.mean(precisions), rel=1e-9)
 
 
-@pytest.mark.parametrize(("spec", "levels"), [
-    ("gauss100", [25, 50, 75, 100, 150, 200]), ("speckle0.4", [0.1, 0.2, 0.3, 0.4, 0.6, 0.8]),
-    ("shot3", [12, 6, 4, 3, 2, 1.5]), ("impulse0.6", [0.15, 0.3, 0.45, 0.6, 0.9, 1]),
-    ("gauss50-250", [37.5, 75, 112.5, 150, 225, 300])])
-def test_sweep_scales_the_strength_of_the_noise(spec, levels):
+@pytest.mark.parametrize(("spec", "levels", "others"), [
+    ("gauss100", [25, 50, 75, 100, 150, 200], []),
+    ("speckle0.4", [0.1, 0.2, 0.3, 0.4, 0.6, 0.8], []),
+    ("shot3", [12, 6, 4, 3, 2, 1.5], []),
+    ("impulse0.6", [0.15, 0.3, 0.45, 0.6, 0.9, 1], []),
+    ("camera30,5", [120, 60, 40, 30, 20, 15], [5]),
+    ("gauss50-250", [37.5, 75, 112.5, 150, 225, 300], []),
+])
+def test_sweep_scales_the_strength_of_the_noise(spec, levels, others):
+    name, ranges = common.parse_noise(spec)
     specs = probe.sweep_specs(spec)
-    assert specs[0] == (0, "none") and [s for s, _ in specs[1:]] == [0.25, 0.5, 0.75, 1, 1.5, 2]
-    name = spec.rstrip("0123456789.-")
-    assert [common.parse_noise(p) for _, p in specs[1:]] == [(name, pytest.approx(v), pytest.approx(v)) for v in levels]
-    assert ("-" in spec) or specs[4] == (1, spec)
+    assert list(specs) == [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
+    assert specs.pop(0) == "none"
+    for tested, level in zip(specs.values(), levels, strict=True):
+        numbers = [pytest.approx([v, v]) for v in (level, *others)]
+        assert common.parse_noise(tested) == (name, numbers)
+    if "-" not in spec:
+        assert specs[1] == spec
 
 
-# ======================================================================================================
-# features
-# ======================================================================================================
-
-
+# ==== features ====================================================================================
 @pytest.mark.parametrize(("resize", "size"), [(256, 224), (36, 32), (32, 32)])
-def test_central_crop_equals_pillows_resize_of_the_short_side_and_crop(resize, size):
-    rng = np.random.default_rng(0)
-    for height, width in [(300, 450), (450, 300), (128, 256), (64, 64), (20, 30)]:  # sides stay whole when resized
-        coarse = Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8))
-        image = coarse.resize((width, height), Image.BICUBIC)
-        sizes, short = torch.tensor([[height, width]]), min(height, width)
-        got = common.resample(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float(), sizes,
-                              probe.central_boxes(sizes, resize, size), torch.tensor([False]), size, 255.0)[0]
-        new = (width * resize // short, height * resize // short)
-        left, top = (new[0] - size) // 2, (new[1] - size) // 2
-        expected = image.resize(new, Image.BICUBIC).crop((left, top, left + size, top + size))
-        error = np.abs(got.permute(1, 2, 0).numpy() - np.asarray(expected, dtype=float))
-        assert error.max() <= 2 and error.mean() < 0.6, (height, width)
+@pytest.mark.parametrize(("height", "width"), [
+    (300, 450), (450, 300), (128, 256), (64, 64), (20, 30)])  # sides stay whole when resized
+def test_central_crop_equals_pillows_resize_of_the_short_side_and_crop(
+        resize, size, height, width):
+    coarse = random_bytes(height // 4, width // 4, 3).numpy()
+    image = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    got = probe.central_crop(x, resize, size).permute(1, 2, 0)
+    short = min(height, width)
+    new = image.resize((width * resize // short, height * resize // short), Image.BICUBIC)
+    left, top = (new.width - size) // 2, (new.height - size) // 2
+    expected = np.array(new.crop((left, top, left + size, top + size)))
+    error = np.abs(got.numpy().astype(int) - expected)
+    assert got.dtype == torch.uint8
+    assert got.shape == (size, size, 3)
+    assert error.max() <= 2
+    assert error.mean() < 0.6
 
 
-@pytest.fixture(scope="module")
-def vit():
-    torch.manual_seed(0)
-    return common.VisionTransformer(32, 8, 3, 16, 6, 2, init_values=1.0).eval()
+def test_first_view_is_the_central_crop_and_the_others_depend_on_seed_and_path_alone():
+    args = SimpleNamespace(seed=1, img_size=32, resize=36)
+    x = random_bytes(3, 40, 60)
+    views = probe.crop_views(args, x, 3, "a.png")
+    assert views.shape == (4, 3, 32, 32)
+    assert torch.equal(views[0], probe.central_crop(x, 36, 32))
+    assert torch.equal(views, probe.crop_views(args, x, 3, "a.png"))
+    assert torch.equal(views[:3], probe.crop_views(args, x, 2, "a.png"))
+    args.seed = 2
+    other = probe.crop_views(args, x, 3, "a.png")
+    another = probe.crop_views(args, x, 3, "b.png")
+    everything = torch.cat([views, other[1:], another[1:]])
+    assert len(everything.unique(dim=0)) == 10
 
 
-def test_features_are_class_tokens_of_the_last_4_blocks_last_first_then_the_mean_patch_token(vit):
-    x, mean, std = torch.rand(3, 3, 32, 32, generator=gen()), torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 1])
-    mean, std = mean[:, None, None], std[:, None, None]
-    stage = object.__new__(probe.Features)
-    stage.model, stage.context, stage.mean, stage.std = vit, common.nullcontext, mean, std
-    seen = []
-    hooks = [b.register_forward_hook(lambda m, i, out: seen.append(out)) for b in vit.blocks]
-    got = stage.embed(x)
-    for h in hooks:
-        h.remove()
-    with torch.no_grad():
-        direct = vit.forward_features((x - mean) / std)
-        expected = [vit.norm(seen[k])[:, 0] for k in (5, 4, 3, 2)] + [vit.norm(seen[5])[:, 1:].mean(1)]
+def test_random_views_are_boxes_of_8_to_100_percent_of_the_image_half_of_them_mirrored(
+        monkeypatch):
+    boxes, cut = [], common.cut
+
+    def watched(image, box, flip, size):
+        boxes.append((box, flip, size))
+        return cut(image, box, flip, size)
+
+    monkeypatch.setattr(common, "cut", watched)
+    args = SimpleNamespace(seed=0, img_size=32, resize=32)
+    probe.crop_views(args, random_bytes(3, 200, 200), 400, "a.png")
+    shares = np.array([h * w / 200**2 for (_, _, h, w), _, _ in boxes])
+    assert shares.min() == pytest.approx(0.08, abs=0.02)
+    assert shares.max() > 0.9
+    assert sum(flip for _, flip, _ in boxes) == pytest.approx(200, abs=50)  # five deviations
+    assert {size for _, _, size in boxes} == {32}
+
+
+def small_vit(depth=6):
+    torch.manual_seed(depth)
+    return common.VisionTransformer(32, 8, 3, 16, depth, 2, init_values=1.0).eval()
+
+
+def backbone_of(model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 1.0)):
+    Path("weights").write_bytes(b"weights")
+    return probe.Backbone(model, mean, std, "weights", CPU, {"pretrain": {}})
+
+
+def test_features_are_class_tokens_of_the_last_4_blocks_last_first_then_the_mean_patch_token():
+    vit, crops = small_vit(), random_bytes(3, 3, 32, 32)
+    outputs = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    backbone = backbone_of(vit)
+    got = backbone.embed(crops)
+    tokens = [vit.norm(x) for x in outputs]
+    expected = [tokens[k][:, 0] for k in (5, 4, 3, 2)]
+    expected.append(tokens[5][:, 1:].mean(1))
     torch.testing.assert_close(got, torch.stack(expected, 1))
-    torch.testing.assert_close(got[:, 0], direct["cls"])
-    stage.model = common.VisionTransformer(32, 8, 3, 16, 2, 2).eval()  # fewer blocks: the first one is repeated
-    got = stage.embed(x)
-    assert torch.equal(got[:, 1], got[:, 2]) and torch.equal(got[:, 1], got[:, 3])
-    assert not torch.equal(got[:, 0], got[:, 1])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 1.0)))
+    torch.testing.assert_close(got[:, 0], vit((crops / 255 - mean) / std))
+    assert not any(p.requires_grad for p in vit.parameters())
 
 
-# ======================================================================================================
-# the whole stage
-# ======================================================================================================
+def test_of_a_backbone_of_2_blocks_the_first_is_repeated():
+    got = backbone_of(small_vit(2)).embed(random_bytes(3, 3, 32, 32))
+    last, first, again, once_more, _ = got.unbind(1)
+    assert torch.equal(first, again)
+    assert torch.equal(first, once_more)
+    assert not torch.equal(last, first)
+
+
+def test_backbone_is_known_by_the_hash_of_its_file():
+    about = backbone_of(small_vit()).about
+    assert about == {"pretrain": {}, "backbone": sha256("weights")}
+
+
+# ==== a file of ViT weights =======================================================================
+def probe_args(data, *flags):
+    argv = ["--data", data, "--out", "out.json", *QUICK, *flags]
+    return probe.read_config([str(v) for v in argv])
+
+
+def probed(data, *flags):
+    return probe.evaluate(probe_args(data, *flags), CPU, {})
+
+
+@pytest.fixture
+def weights():
+    """(file, the ViT in it)."""
+    vit = small_vit()
+    torch.save(vit.state_dict(), "vit.pth")
+    return "vit.pth", vit
+
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize(("flags", "mean", "std"), [
+    ([], *IMAGENET),
+    (["--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,1"], [0.1, 0.2, 0.3], [0.4, 0.5, 1.0]),
+])
+def test_weights_give_the_features_of_the_vit_in_the_file(small, weights, flags, mean, std):
+    """By default with ImageNet's normalisation."""
+    file, vit = weights
+    args = probe_args(small.data, "--weights", file, "--heads", 2, *flags)
+    backbone = probe.load_backbone(args, CPU)
+    direct = backbone_of(vit, mean, std)
+    folder = common.Folder(small.data, "val")
+    got, expected = (probe.embed_folder(args, b, folder, "noisy", CPU) for b in (backbone, direct))
+    torch.testing.assert_close(got, expected)
+
+
+def test_result_of_weights_has_every_figure_and_the_hash_of_the_file(small, weights):
+    file, _ = weights
+    result = probed(small.data, "--weights", file, "--heads", 2, *NOISE)
+    assert {"linear", "knn", "map", "clean_linear", "sweep", "cosine"} <= set(result)
+    assert result["backbone"] == sha256(file)
+    assert "pretrain" not in result
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    ([], "give --run"), (["--run", "RUN", "--weights", "FILE"], "give --run"),
+    (["--run", "RUN", "--heads", "3"], "a run has its own"),
+    (["--run", "RUN", "--mean", "0.5"], "a run has its own"),
+    (["--run", "RUN", "--std", "0.5"], "a run has its own"),
+    (["--run", "RUN", "--denoiser", "DIR"], "no effect without --denoised"),
+    (["--run", "RUN", "--resize", "16"], "--resize 16: must be at least --img_size 32"),
+    (["--run", "RUN", "--tile", "32"], "unrecognized arguments: --tile 32"),
+])
+def test_flags_that_contradict_each_other_or_would_do_nothing_are_refused(flags, reason):
+    with pytest.raises(UserError, match=reason):
+        probe_args("data", *flags)
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    ([], "give --heads"), (["--heads", "3"], "3"),
+    (["--heads", "2", "--mean", "0.5"], "must have 3 values"),
+    (["--heads", "2", "--std", "1,1"], "must have 3 values"),
+])
+def test_flags_that_do_not_fit_the_weights_are_refused(small, weights, flags, reason):
+    file, _ = weights
+    with pytest.raises(UserError, match=reason):
+        probed(small.data, "--weights", file, *flags)
+
+
+# ==== the whole stage =============================================================================
+CLASSES = ["cat", "dog", "emu"]
 
 
 def pretrained(data, out, *flags):
-    assert pretrain.main(["--data", str(data), "--out", str(out), *flags, "--preset", "demo", "--curriculum", "noisy:1",
-                          "--arch", "16,2,2", "--head_hidden", "16", "--head_bottleneck", "8", "--prototypes", "16",
-                          "--global_size", "32", "--local_size", "16", "--patch_size", "8", "--batch_size", "8",
-                          "--layer_scale", "1", "--log_steps", "1", "--workers", "0", "--device", "cpu"]) == 0
-
-
-def probed(data, run, *flags):
-    argv = ["--data", str(data), "--run", str(run), "--out", "-", *QUICK, *flags]
-    return probe.evaluate(probe.read_config(argv), CPU)
+    code = call(pretrain, "--data", data, "--out", out, *flags, *PLAIN, "--source", "noisy",
+                "--epochs", 1, "--arch", "16,2,2", "--head_hidden", 16, "--head_bottleneck", 8,
+                "--prototypes", 16, "--global_size", 32, "--local_size", 16, "--patch_size", 8,
+                "--batch_size", 8, "--log_steps", 1)
+    assert code == 0
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(data, finished run of pretrain.py): three classes of 12 + 8 pictures of several sizes, gauss50."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    """data: three classes of 12 + 8 pictures of several sizes; run: pretrained on it, gauss50."""
     root = tmp_path_factory.mktemp("probe")
+    data, run = root / "data", root / "run"
     rng = np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 8)):
         for k, name in enumerate(("dog", "cat", "emu")):
             for i in range(n):
-                x = rng.normal(100 + 28 * k + rng.normal(0, 12), 25, (32 + 2 * (i % 4), 40, 3))
-                save(root / "data" / split / name / f"{i}.png", x.clip(0, 255).astype(np.uint8))
-    pretrained(root / "data", root / "run", "--noise", "gauss50")
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    return root / "data", root / "run"
+                level = 100 + 28 * k + rng.normal(0, 12)
+                x = rng.normal(level, 25, (32 + 2 * (i % 4), 40, 3))
+                save(data / split / name / f"{i}.png", x.clip(0, 255).astype(np.uint8))
+    pretrained(data, run, *NOISE)
+    return SimpleNamespace(data=data, run=run)
 
 
 @pytest.fixture(scope="module")
 def result(small):
-    return probed(*small, "--noise", "gauss50")
-
-
-def main(monkeypatch, *argv):
-    """The script with these arguments; gives its exit code."""
-    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-        common.run(probe.main)
-    return stopped.value.code
+    return probed(small.data, "--run", small.run, *NOISE)
 
 
 def labels(folder):
-    return torch.tensor([["cat", "dog", "emu"].index(path.split("/")[1]) for path in folder.paths])
+    return torch.tensor([CLASSES.index(path.split("/")[1]) for path in folder.paths])
 
 
-def features(small, *flags):
-    argv = ["--data", str(small[0]), "--run", str(small[1]), "--out", "-", *QUICK, *flags]
-    return probe.Features(probe.read_config(argv), CPU)
+class Stage:
+    """The parts of evaluate() by themselves, with the same flags."""
+
+    def __init__(self, small, *flags):
+        self.args = probe_args(small.data, "--run", small.run, *flags)
+        self.backbone = probe.load_backbone(self.args, CPU)
+
+    def folder(self, split, spec="gauss50"):
+        return common.Folder(self.args.data, split, spec, 0, self.args.denoised)
+
+    def embed(self, folder, source="noisy", **kw):
+        """Features of the central view (N, 5, D)."""
+        return probe.embed_folder(self.args, self.backbone, folder, source, CPU, **kw)[0]
+
+    def accuracy(self, head, folder, source="noisy", **kw):
+        """Top-1 on a folder of a head of linear_probe."""
+        return probe.accuracy(self.embed(folder, source, **kw), labels(folder), *head).item()
 
 
-def test_features_of_an_image_do_not_depend_on_its_batch_or_on_padding(small):
-    for cache in ("0", "4"):  # streamed, and padded to the largest of the set
-        stage = features(small, "--noise", "gauss50", "--cache_gb", cache)
-        folder = stage.folder("val", "gauss50")
-        assert len(folder.sizes.unique(dim=0)) == 4
-        together = stage(folder, "noisy", "val")[0]
-        for i in (0, 3, 17):
-            x = torch.from_numpy(folder.read(i)).permute(2, 0, 1)[None].float()
-            height, width = x.shape[2:]
-            box = torch.tensor([[0, (width - height) / 2, height, height]])  # all are wider than high
-            crop = common.resample(x, torch.tensor([[height, width]]), box, torch.tensor([False]), 32, 255.0) / 255
-            torch.testing.assert_close(together[i], stage.embed(crop)[0], rtol=1e-4, atol=1e-5)
+def test_features_of_an_image_do_not_depend_on_its_batch(small):
+    stage = Stage(small, *NOISE)
+    folder = stage.folder("val")
+    assert len(np.unique(folder.shapes, axis=0)) == 4
+    together = stage.embed(folder)
+    for i in (0, 3, 17):
+        crop = probe.central_crop(folder.read(i), 32, 32)
+        alone = stage.backbone.embed(crop[None])
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_first_view_is_the_central_crop_and_the_others_are_random_but_reproducible(small):
-    stage = features(small, "--noise", "gauss50")
-    folder = stage.folder("train", "gauss50")
-    views, again, central = (stage(folder, "noisy", "train", n) for n in (2, 2, 0))
-    assert views.shape == (3, 36, 5, 16) and torch.equal(views, again) and torch.equal(views[0], central[0])
-    different = (views[1:] - views[0]).abs().amax((2, 3)) > 1e-3
-    assert different.all() and (views[1] - views[2]).abs().max() > 1e-3
+def test_features_of_views_are_those_of_crop_views_in_the_order_of_the_images(small):
+    stage = Stage(small, *NOISE)
+    args, folder = stage.args, stage.folder("train")
+    assert len(folder) == 36
+    got = probe.embed_folder(args, stage.backbone, folder, "noisy", CPU, 2)
+    assert got.shape == (3, 36, 5, 16)
+    for i in (0, 35):
+        crops = probe.crop_views(args, folder.read(i), 2, folder.paths[i])
+        torch.testing.assert_close(got[:, i], stage.backbone.embed(crops), rtol=1e-4, atol=1e-5)
 
 
 def test_each_image_goes_through_the_backbone_once_per_view_and_test_noise(small, monkeypatch):
-    """36 training images in 3 views, 24 of val under each of the sweep's noises; heads, k-NN and retrieval add none."""
-    seen, embed = [], probe.Features.embed
-    monkeypatch.setattr(probe.Features, "embed", lambda self, x: (seen.append(len(x)), embed(self, x))[1])
-    argv = ["--data", small[0], "--run", small[1], "--out", "-", *QUICK, "--noise", "gauss50", "--views", 2]
-    probe.evaluate(probe.read_config(list(map(str, argv))), CPU)
-    assert sum(seen) == 36 * 3 + 24 * len(probe.sweep_specs("gauss50"))
+    """Heads, k-NN and retrieval add none."""
+    seen, embed = [], probe.Backbone.embed
+
+    def watched(self, crops):
+        seen.append(len(crops))
+        return embed(self, crops)
+
+    monkeypatch.setattr(probe.Backbone, "embed", watched)
+    probed(small.data, "--run", small.run, "--views", 2, *NOISE)
+    train, val = 36 * 3, 24 * (1 + 7)  # val as it is and under each noise of the sweep
+    assert sum(seen) == train + val
+
+
+def numbers(value):
+    """All numbers in nested dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for part in value for number in numbers(part)]
+    return [value] if isinstance(value, float) else []
 
 
 def test_result_holds_every_figure_and_each_is_the_figure_of_its_features(small, result):
-    stage = features(small, "--noise", "gauss50")
-    train, val = stage.folder("train", "gauss50"), stage.folder("val", "gauss50")
+    stage = Stage(small, *NOISE)
+    train, val = stage.folder("train"), stage.folder("val")
     y, val_y = labels(train), labels(val)
-    x, val_x, clean = (stage(f, s, "")[0] for f, s in ((train, "noisy"), (val, "noisy"), (val, "clean")))
-    measure, chosen = probe.linear_probe(x[None], y, 3, stage.args)
+    x = stage.embed(train)
+    head, chosen = probe.linear_probe(x[None], y, 3, stage.args)
     assert result["chosen"] == chosen
-    assert result["linear"] == measure(val_x, val_y) and result["clean_linear"] == measure(clean, val_y)
-    assert result["map"] == pytest.approx(plain_map(val_x[:, 0], val_y), rel=1e-3)
-    assert result["clean_map"] == pytest.approx(plain_map(clean[:, 0], val_y), rel=1e-3)
-    assert set(result["knn"]) == set(result["clean_knn"]) == {"10", "20", "100", "200"}
+    for prefix, source in (("", "noisy"), ("clean_", "clean")):
+        z = stage.embed(val, source)
+        cls = z[:, 0]
+        assert result[f"{prefix}linear"] == probe.accuracy(z, val_y, *head).item()
+        assert result[f"{prefix}map"] == pytest.approx(plain_map(cls, val_y), rel=1e-3)
+        assert result[f"{prefix}knn"] == probe.knn(x[:, 0], y, cls, val_y, 3)
+    assert list(result["knn"]) == ["10", "20", "100", "200"]
     assert result["map"] != pytest.approx(result["clean_map"], rel=2e-3)
-    cosine = np.mean([unit(a) @ unit(b) for a, b in zip(val_x[:, 0], clean[:, 0], strict=True)])
-    assert result["cosine"] == pytest.approx(cosine, rel=1e-4) and result["cosine"] < 0.99999
-    assert (result["classes"], result["train"], result["val"]) == (3, 36, 24)
+    counts = [result[name] for name in ("classes", "train", "val")]
+    assert counts == [3, 36, 24]
     assert result["linear"] > 50  # the classes differ in brightness: not a matter of luck
-    assert result["pretrain"]["noise"] == "gauss50" and result["summary"]["steps"] == 4
 
-    def numbers(v):
-        return [n for u in (v.values() if isinstance(v, dict) else v) for n in numbers(u)] if isinstance(
-            v, (dict, list)) else [v] if isinstance(v, float) else []
-    assert np.isfinite(numbers(result)).all() and json.loads(json.dumps(result)) == result
+
+def test_cosine_is_that_of_the_class_tokens_of_noisy_and_clean_val_images(small, result):
+    stage = Stage(small, *NOISE)
+    val = stage.folder("val")
+    noisy, clean = stage.embed(val)[:, 0], stage.embed(val, "clean")[:, 0]
+    expected = cosines(noisy, clean).diag().mean()
+    assert result["cosine"] == pytest.approx(expected.item(), rel=1e-4)
+    assert result["cosine"] < 0.99999
+
+
+def test_result_can_be_read_back_and_says_what_was_probed(small, result):
+    assert json.loads(json.dumps(result)) == result
+    assert np.isfinite(numbers(result)).all()
+    assert result["pretrain"] == common.read_json(small.run / "config.json")
+    assert result["summary"] == common.read_json(small.run / "summary.json")
+    assert result["config"]["noise"] == "gauss50"
+    assert result["backbone"] == sha256(small.run / "backbone.pth")
+    train, val = common.Folder(small.data), common.Folder(small.data, "val")
+    assert result["files"] == [train.fingerprint(), val.fingerprint()]
 
 
 def test_sweep_tests_the_same_head_at_every_level(small, result):
-    assert [(s["strength"], s["noise"]) for s in result["sweep"]] == probe.sweep_specs("gauss50")
-    by = {s["noise"]: s["linear"] for s in result["sweep"]}
-    assert by["gauss50"] == result["linear"] and by["none"] == result["clean_linear"]
-    stage = features(small, "--noise", "gauss50")
-    train, worst = stage.folder("train", "gauss50"), stage.folder("val", "gauss100")
-    measure, _ = probe.linear_probe(stage(train, "noisy", ""), labels(train), 3, stage.args)
-    assert by["gauss100"] == measure(stage(worst, "noisy", "")[0], labels(worst))
+    specs = {row["strength"]: row["noise"] for row in result["sweep"]}
+    linear = {row["noise"]: row["linear"] for row in result["sweep"]}
+    assert specs == probe.sweep_specs("gauss50")
+    assert linear["gauss50"] == result["linear"]
+    assert linear["none"] == result["clean_linear"]
+    stage = Stage(small, *NOISE)
+    train = stage.folder("train")
+    head, _ = probe.linear_probe(stage.embed(train)[None], labels(train), 3, stage.args)
+    for spec in ("gauss25", "gauss100"):
+        assert linear[spec] == stage.accuracy(head, stage.folder("val", spec))
 
 
-def test_head_is_chosen_without_val(small, result, tmp_path):
+def test_head_is_chosen_without_val(small, result):
     """Another order of the classes in val changes the accuracy, not the head."""
-    data, run = small
-    for split, moved in (("train", {}), ("val", {"dog": "cat", "cat": "emu", "emu": "dog"})):
-        for name in ("dog", "cat", "emu"):
-            (tmp_path / split).mkdir(exist_ok=True)
-            (tmp_path / split / moved.get(name, name)).symlink_to(data / split / name)
-    other = probed(tmp_path, run, "--noise", "gauss50")
-    assert other["chosen"] == result["chosen"] and abs(other["linear"] - result["linear"]) > 20
+    turned = {"dog": "cat", "cat": "emu", "emu": "dog"}
+    Path("turned/val").mkdir(parents=True)
+    Path("turned/train").symlink_to(small.data / "train")
+    for name, other in turned.items():
+        Path("turned/val", other).symlink_to(small.data / "val" / name)
+    other = probed("turned", "--run", small.run, *NOISE)
+    assert other["chosen"] == result["chosen"]
+    assert abs(other["linear"] - result["linear"]) > 20
 
 
 def test_real_noise_has_neither_clean_figures_nor_sweep(small):
-    result = probed(*small, "--noise", "none")
+    result = probed(small.data, "--run", small.run, "--noise", "none")
     assert not {"sweep", "clean_linear", "clean_map", "clean_knn", "cosine"} & set(result)
-    assert 0 <= result["linear"] <= 100 and 0 < result["map"] <= 100
+    assert 0 <= result["linear"] <= 100
+    assert 0 < result["map"] <= 100
 
 
-def test_every_stage_sees_the_same_noise_of_an_image(small, tmp_path, monkeypatch):
-    """Fixed by --noise_seed and the image's path, whatever --seed is: training of both kinds, denoised copy, probe."""
-    noise = ["--noise", "gauss50", "--noise_seed", "7", "--seed", "3"]
-    seen, stage, add_noise = {}, [], common.add_noise
+# ==== a result that is already there ==============================================================
+@pytest.fixture
+def again(small, capsys):
+    """A function that probes a copy of the run once more; whether it did something. data, run."""
+    shutil.copytree(small.data, "data")
+    shutil.copytree(small.run, "run")
+
+    def probe_it(*flags):
+        capsys.readouterr()
+        flags = ["--data", "data", "--run", "run", "--out", "out.json", *NOISE, *QUICK, *flags]
+        assert call(probe, *flags) == 0
+        return "complete, nothing to do" not in capsys.readouterr().out
+
+    assert probe_it()
+    return probe_it
+
+
+def test_result_of_the_same_images_and_backbone_is_skipped(again):
+    before = Path("out.json").stat().st_mtime_ns
+    assert not again()
+    assert not again("--workers", "1")  # which changes no result
+    assert Path("out.json").stat().st_mtime_ns == before
+
+
+def test_folder_that_was_moved_has_the_same_images(again):
+    Path("data").rename("moved")
+    Path("data").symlink_to("moved")
+    assert not again()
+    assert not again("--data", "moved")
+
+
+@pytest.mark.parametrize("path", ["data/train/cat/new.png", "data/val/cat/new.png"])
+def test_result_of_other_images_is_made_again(again, path):
+    save(path, np.zeros((32, 32, 3), np.uint8))
+    assert again()
+    assert not again()
+
+
+def test_result_of_another_backbone_is_made_again(again):
+    old = common.read_json("out.json")
+    weights = torch.load("run/backbone.pth")
+    torch.save({name: 2 * p for name, p in weights.items()}, "run/backbone.pth")
+    assert again()
+    assert common.read_json("out.json")["backbone"] != old["backbone"]
+    assert not again()
+
+
+def test_result_of_other_settings_is_not_overwritten(again, capsys):
+    before = Path("out.json").read_bytes()
+    error = refused(capsys, "--data", "data", "--run", "run", "--out", "out.json", *NOISE, *QUICK,
+                    "--views", 1)
+    assert "--views 0 (now 1)" in error
+    assert Path("out.json").read_bytes() == before
+
+
+# ==== the same noise everywhere ===================================================================
+@pytest.fixture
+def noises(monkeypatch):
+    """{(spec, key): all bits that add_noise gave}, from here on."""
+    seen, add_noise = {}, common.add_noise
 
     def watched(image, spec, key, seed=0):
         x = add_noise(image, spec, key, seed)
-        seen.setdefault(stage[-1], {}).setdefault((spec, key), set()).add(x.tobytes())
+        seen.setdefault((spec, key), set()).add(x.numpy().tobytes())
         return x
 
     monkeypatch.setattr(common, "add_noise", watched)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    quick = ["--data", str(small[0]), *noise, "--workers", "0", "--device", "cpu"]
-    denoiser = str(tmp_path / "denoiser")
-    stage.append("denoiser")
-    denoise.main(["train", *quick, "--out", denoiser, "--epochs", "1", "--width", "4", "--patch", "16"])
-    stage.append("denoised copy")
-    denoise.main(["apply", *quick, "--out", str(tmp_path / "copy"), "--denoiser", denoiser])
-    stage.append("pretraining")
-    pretrained(small[0], tmp_path / "run", *noise)
-    stage.append("probe")
-    probed(small[0], tmp_path / "run", *noise)
-    monkeypatch.undo()
-    everyone = common.Folder(small[0]).paths + common.Folder(small[0], "val").paths
-    for name, images in seen.items():
-        drawn = {key for _, key in images}
-        assert drawn == {p for p in everyone if name != "pretraining" or p.startswith("train/")}, name
-        for (spec, key), bits in images.items():
-            x = common.to_float(common.read_image(small[0] / key))
-            assert bits == {add_noise(x, spec, key, 7).tobytes()}, (name, key)
-    assert {spec for name in seen for spec, _ in seen[name] if name != "probe"} == {"gauss50"}
+    return seen
 
 
+def test_every_stage_sees_the_same_noise_of_an_image(small, noises):
+    """Fixed by --noise_seed and the image's path, whatever --seed is."""
+    def seen():
+        """Paths of the images that the stage drew noise for, checked bit by bit."""
+        for (spec, key), bits in noises.items():
+            x = common.to_float(common.read_image(small.data / key))
+            expected = original(x, spec, key, 7)
+            assert bits == {expected.numpy().tobytes()}, (spec, key)
+        keys = {key for _, key in noises}
+        noises.clear()
+        return keys
+
+    train, val = (set(common.Folder(small.data, split).paths) for split in ("train", "val"))
+    flags = ["--data", small.data, *NOISE, "--noise_seed", 7, *PLAIN]
+    small_unet = ["--epochs", 1, "--width", 4, "--patch", 16]
+    assert call(denoise, "train", *flags, "--seed", 3, *small_unet, "--out", "denoiser") == 0
+    assert seen() == train | val
+    assert call(denoise, "apply", *flags, "--denoiser", "denoiser", "--out", "denoised") == 0
+    assert seen() == train | val
+    pretrained(small.data, "run", *NOISE, "--noise_seed", 7, "--seed", 3)
+    assert seen() == train
+    probed(small.data, "--run", "run", *NOISE, "--noise_seed", 7, "--seed", 3)
+    assert seen() == train | val
+
+
+original = common.add_noise
+
+
+# ==== the denoised arm ============================================================================
 @pytest.fixture(scope="module")
 def cleaned(small, tmp_path_factory):
-    """Flags of the denoised arm: the copy that a denoiser of random weights made, and that denoiser."""
+    """Flags of the denoised arm: the copy that a denoiser of random weights made, and that
+    denoiser."""
     root = tmp_path_factory.mktemp("cleaned")
     torch.manual_seed(0)
-    model = denoise.UNet(3, 4, 2)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+    model = denoise.UNet(3, 4, 2, init_scale=1.0)
     with torch.no_grad():
         y = model(torch.rand(1, 3, 64, 64))
-        scale = 0.2 / y.std((0, 2, 3))
-        model.last.weight *= scale[:, None, None, None]
-        model.last.bias.copy_((model.last.bias - y.mean((0, 2, 3))) * scale + 0.5)
-    config = {"epochs": 1, "width": 4, "noise": "gauss50", "noise_seed": 0}
-    common.save_checkpoint(root / "denoiser" / "checkpoint.pth", {
-        "model": model.state_dict(), "epoch": 1, "config": config, "data": {"channels": 3, "depth": 2}})
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    denoise.main(["apply", "--data", str(small[0]), "--noise", "gauss50", "--denoiser", str(root / "denoiser"),
-                  "--out", str(root / "denoised"), "--workers", "0", "--device", "cpu"])
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    return ["--noise", "gauss50", "--denoised", str(root / "denoised"), "--denoiser", str(root / "denoiser")]
-
-
-def test_images_go_through_the_denoiser_without_their_padding(cleaned):
-    model = denoise.load_denoiser(cleaned[-1], CPU)[0]
-    sizes = torch.tensor([[32, 40], [17, 23], [32, 40], [30, 9]])
-    images = torch.randint(0, 256, (4, 3, 32, 40), generator=gen(), dtype=torch.uint8)
-    out = denoise.denoise_ragged(model, images, sizes, common.nullcontext)
-    for x, y, (h, w) in zip(images, out, sizes.tolist(), strict=True):
-        alone = denoise.denoise(model, x[None, :, :h, :w])[0]
-        assert (y[:, :h, :w].int() - alone.int()).abs().max() <= 1 and alone.float().std() > 10  # rounding ties
+        std, mean = torch.std_mean(y, (0, 2, 3))
+        model.nin_c.weight *= 0.2 / std[:, None, None, None]
+        model.nin_c.bias.copy_(0.5 - mean * 0.2 / std)
+    file, copy = root / "FILE.pth", root / "denoised"
+    torch.save(model.state_dict(), file)
+    flags = ["--data", small.data, *NOISE, "--denoiser", file, *PLAIN]
+    assert call(denoise, "apply", *flags, "--out", copy) == 0
+    return SimpleNamespace(file=file, copy=copy)
 
 
 def test_denoised_arm_sends_every_test_image_through_its_denoiser(small, cleaned):
-    stage = features(small, *cleaned)
-    train, val = (stage.folder(split, "gauss50", stage.args.denoised) for split in ("train", "val"))
-    worst = stage.folder("val", "gauss100")
-    train_x, val_x = stage(train, "denoised", ""), stage(val, "denoised", "")[0]
-    again = stage(stage.folder("val", "gauss50"), "noisy", "", through_denoiser=True)[0]
-    torch.testing.assert_close(again, val_x, rtol=0, atol=0.02)  # the same as the stored copy, up to its rounding
-    assert (stage(val, "noisy", "")[0] - val_x).abs().max() > 0.3
-    measure, chosen = probe.linear_probe(train_x, labels(train), 3, stage.args)
-    result = probed(*small, *cleaned)
-    assert result["chosen"] == chosen and result["linear"] == measure(val_x, labels(val))
-    by = {s["noise"]: s["linear"] for s in result["sweep"]}
-    assert by["gauss50"] == result["linear"]
-    assert by["gauss100"] == measure(stage(worst, "noisy", "", through_denoiser=True)[0], labels(worst))
-    assert "sweep" not in probed(*small, *cleaned[:-2])  # without the denoiser other test images have no answer
+    stage = Stage(small, *NOISE, "--denoised", cleaned.copy, "--denoiser", cleaned.file)
+    denoiser, _ = denoise.load_denoiser(cleaned.file, CPU)
+    train, val = stage.folder("train"), stage.folder("val")
+    stored = stage.embed(val, "denoised")
+    again = stage.embed(val, "noisy", denoiser=denoiser)
+    torch.testing.assert_close(again, stored, rtol=0, atol=0.02)  # up to the rounding of ties
+    assert (stage.embed(val) - stored).abs().max() > 0.3
+    x = stage.embed(train, "denoised")
+    head, chosen = probe.linear_probe(x[None], labels(train), 3, stage.args)
+    result = probe.evaluate(stage.args, CPU, {})
+    assert result["chosen"] == chosen
+    assert result["linear"] == stage.accuracy(head, val, "denoised")
+    for row in result["sweep"]:
+        tested = common.Folder(small.data, "val", row["noise"])
+        assert row["linear"] == stage.accuracy(head, tested, denoiser=denoiser)
 
 
-@pytest.mark.parametrize("command", [["check"], []], ids=["check", "probe"])
-def test_class_unknown_to_train_is_named_with_code_2(small, tmp_path, monkeypatch, capsys, command):
-    data, run = small
-    for name in ("train/dog", "train/cat", "val/cat", "val/gnu"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).symlink_to(data / name.replace("gnu", "emu"))
-    out = tmp_path / "out.json"
-    code = main(monkeypatch, *command, "--data", tmp_path, "--run", run, "--out", out, *QUICK)
-    error = capsys.readouterr().err
-    assert code == 2 and "gnu" in error and error.count("\n") == 1 and not out.exists()
+def test_without_the_denoiser_other_test_images_have_no_answer(small, cleaned):
+    result = probed(small.data, "--run", small.run, *NOISE, "--denoised", cleaned.copy)
+    assert not {"sweep", "clean_linear", "cosine"} & set(result)
 
 
-def test_check_passes_on_good_folders_and_needs_val_and_class_folders(small, tmp_path, monkeypatch, capsys):
-    def check(data):
-        code = main(monkeypatch, "check", "--data", data, "--run", "-", "--out", "-", "--noise", "gauss50")
-        return code, capsys.readouterr().err
-
-    assert check(small[0]) == (0, "")
-    (tmp_path / "train").symlink_to(small[0] / "train")
-    code, error = check(tmp_path)
-    assert code == 2 and "val" in error
-    (tmp_path / "val").symlink_to(small[0] / "val" / "cat")  # images, but no classes
-    code, error = check(tmp_path)
-    assert code == 2 and "class" in error
+# ==== check, bad input ============================================================================
+def test_check_passes_on_good_folders_and_says_nothing(small, capsys):
+    assert call(probe, "check", "--data", small.data, *NOISE) == 0
+    assert capsys.readouterr() == ("", "")
 
 
-def test_unfinished_runs_and_unfit_channels_are_refused(small, tmp_path, monkeypatch, capsys):
-    data, run = small
-    with pytest.raises(UserError, match="nowhere"):
-        probed(data, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="--resize 16"):
-        probed(data, run, "--resize", "16")
+@pytest.mark.parametrize("flag", ["--run", "--weights", "--img_size", "--workers", "--views"])
+def test_check_takes_the_flags_of_the_data_alone(small, capsys, flag):
+    error = refused(capsys, "check", "--data", small.data, flag, "1")
+    assert f"unrecognized arguments: {flag} 1" in error
+
+
+@pytest.fixture(params=["check", "probe"])
+def said(small, request, capsys):
+    """A function: what check, or the probe itself, says against the folder 'data'."""
+    def refuse():
+        flags = ["check", "--data", "data"]
+        if request.param == "probe":
+            flags = ["--data", "data", "--run", small.run, "--out", "out.json", *QUICK]
+        error = refused(capsys, *flags)
+        assert not Path("out.json").exists()
+        return error
+
+    return refuse
+
+
+def link(path, target):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def test_class_unknown_to_train_is_named(small, said):
+    for name in ("train/dog", "train/cat", "val/cat"):
+        link(f"data/{name}", small.data / name)
+    link("data/val/gnu", small.data / "val/emu")
+    assert "gnu: class unknown to train" in said()
+
+
+def test_val_is_needed(small, said):
+    link("data/train", small.data / "train")
+    assert "data/val: no images found" in said()
+
+
+def test_class_folders_are_needed(small, said):
+    link("data/train", small.data / "train")
+    link("data/val", small.data / "val/cat")  # images, but no classes
+    assert "labels need a folder a class" in said()
+
+
+def test_a_class_of_two_images_is_needed(small, said):
+    for name in CLASSES:
+        link(f"data/train/{name}/0.png", small.data / "train" / name / "0.png")
+    link("data/val", small.data / "val")
+    assert "no class has two images" in said()
+
+
+def test_unfinished_runs_are_refused(small):
+    with pytest.raises(UserError, match="nowhere: no backbone.pth; finish the run"):
+        probed(small.data, "--run", "nowhere")
+
+
+def test_grey_images_for_a_backbone_of_colour_are_refused(small):
     for split in ("train", "val"):
-        for name in "ab":
-            save(tmp_path / split / name / "1.png", np.zeros((32, 32), np.uint8))
-    with pytest.raises(UserError, match="1 channels"):
-        probed(tmp_path, run)
+        save(f"grey/{split}/cat/1.png", np.zeros((32, 32), np.uint8))
+    with pytest.raises(UserError, match="grey: 1 channels, the backbone has 3"):
+        probed("grey", "--run", small.run)
 
 
-# ======================================================================================================
-# report
-# ======================================================================================================
+def test_image_size_that_the_patches_do_not_divide_is_refused(small):
+    with pytest.raises(UserError, match="--img_size 30: is no multiple of the patch size 8"):
+        probed(small.data, "--run", small.run, "--img_size", 30)
 
 
-def test_report_gives_mean_and_deviation_over_seeds_and_four_pictures(small, result, tmp_path, monkeypatch, capsys):
-    data, run = small
-    linear = {("noisy", 0): 50.0, ("noisy", 1): 53.0, ("nct", 0): 61.5, ("nct", 1): 61.5}
-    for (arm, seed), value in linear.items():
-        made = copy.deepcopy(result) | {"linear": value, "cosine": 0.5 + seed / 10}
+# ==== report ======================================================================================
+@pytest.fixture
+def runs(small, result):
+    """runs/: noisy and nct, two seeds each."""
+    linear = {"noisy-seed0": 50.0, "noisy-seed1": 53.0, "nct-seed0": 61.5, "nct-seed1": 61.5}
+    for k, (name, value) in enumerate(linear.items()):
+        made = copy.deepcopy(result)
+        made |= {"linear": value, "cosine": 0.5 + k % 2 / 10}
         made["sweep"][-1]["linear"] = value - 20
-        made["summary"]["seconds"] = 60.0 * (1 + 2 * seed)
-        common.write_json(tmp_path / "probe" / f"{arm}-seed{seed}.json", made)
-        (tmp_path / "pretrain").mkdir(exist_ok=True)
-        (tmp_path / "pretrain" / f"{arm}-seed{seed}").symlink_to(run)
-    assert main(monkeypatch, "report", tmp_path) == 0
-    lines = (tmp_path / "results.md").read_text().splitlines()
-    rows = [[v.strip() for v in line.split("|")[1:-1]] for line in lines if line.startswith("| n")]
-    assert [r[0] for r in rows] == ["noisy", "nct"] * 2  # in the paper's order: the table, then the sweep
-    noisy, nct, sweep, _ = (r[1:] for r in rows)
+        made["summary"] |= {"seconds": 60.0 + 120 * (k % 2), "images_s": 7.0, "peak_gb": 0.25}
+        common.write_json(f"runs/probe/{name}.json", made)
+        link(f"runs/pretrain/{name}", small.run)
+    return linear
+
+
+def table_rows(text):
+    """{arm: [its line's cells in each table]}."""
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith(("| noisy ", "| nct ")):
+            arm, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            rows.setdefault(arm, []).append(cells)
+    return rows
+
+
+def test_report_gives_mean_and_deviation_over_seeds(runs, result, capsys):
+    assert call(probe, "report", "runs") == 0
+    text = Path("runs/results.md").read_text()
+    rows = table_rows(text)
+    assert list(rows) == ["noisy", "nct"]  # in the paper's order
     knn, mean = result["knn"]["20"], result["map"]
     clean = f"{result['clean_linear']:.1f} ± 0.0"
-    rest = [f"{knn:.1f} ± 0.0", f"{mean:.1f} ± 0.0", "0.55 ± 0.07", "2.0 ± 1.4"]
-    assert noisy[:7] == ["2", "51.5 ± 2.1", clean, *rest]  # the deviation of a sample: 3 / sqrt(2)
-    assert nct[:7] == ["2", "61.5 ± 0.0", clean, *rest]
-    assert sweep[-1] == "31.5 ± 2.1" and sweep[0] == clean  # the strongest noise comes last
-    assert "| noisy | " in capsys.readouterr().out
-    stored = common.read_json(tmp_path / "results.json")
-    assert {(arm, int(k[-1])): r["linear"] for arm, runs in stored.items() for k, r in runs.items()} == linear
+    rest = [clean, f"{knn:.1f} ± 0.0", f"{mean:.1f} ± 0.0", "0.55 ± 0.07"]
+    cost = ["2.0 ± 1.4", "7.0 ± 0.0", "0.25 ± 0.00"]  # minutes, images/s, peak GB
+    figures, sweep = rows["noisy"]
+    assert figures == ["2", "51.5 ± 2.1", *rest, *cost]  # of a sample: 3 / sqrt(2)
+    assert sweep[0] == clean
+    assert sweep[-1] == "31.5 ± 2.1"  # the strongest noise comes last
+    figures, _ = rows["nct"]
+    assert figures == ["2", "61.5 ± 0.0", *rest, *cost]
+    assert "| noisy | 2 | 51.5" in capsys.readouterr().out
+    stored = common.read_json("runs/results.json")
+    seen = {name: r["linear"] for arm in stored.values() for name, r in arm.items()}
+    assert seen == runs
+
+
+def test_report_shows_four_pictures(runs):
+    assert call(probe, "report", "runs") == 0
+    text = Path("runs/results.md").read_text()
+    sizes = {"samples": (2, 6), "features": (3, 6)}  # noisy, clean; input and two arms
     for name in ("samples", "features", "robustness", "curves"):
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.format == "PNG" and np.asarray(image.convert("RGB")).std() > 5
-        assert f"({name}.png)" in "\n".join(lines)
+        assert f"({name}.png)" in text
+        with Image.open(f"runs/{name}.png") as image:
+            assert np.array(image).std() > 5
+            if name in sizes:
+                columns, rows = sizes[name]
+                assert image.size == (columns * 166 + 6, rows * 166 + 30)
 
 
-@pytest.mark.parametrize("values", [[3.0], [], [None, 2.0]])
-def test_one_seed_has_no_deviation_and_none_is_a_dash(values):
-    known = [v for v in values if v is not None]
-    assert probe.spread(values) == (f"{known[0]:.1f}" if known else "-")
+def test_report_of_images_that_were_moved_away_has_the_other_pictures(runs, capsys):
+    for path in Path("runs/probe").iterdir():
+        result = common.read_json(path)
+        result["config"]["data"] = "gone"
+        common.write_json(path, result)
+    assert call(probe, "report", "runs") == 0
+    assert "no samples.png and features.png: --data gone" in capsys.readouterr().err
+    assert {p.name for p in Path("runs").glob("*.png")} == {"robustness.png", "curves.png"}
+
+
+def test_report_on_an_empty_folder_is_one_line_with_code_2(capsys):
+    Path("empty").mkdir()
+    assert "empty/probe: no results to report" in refused(capsys, "report", "empty")
+    assert not list(Path("empty").iterdir())
+    assert "usage: " in refused(capsys, "report")
+
+
+@pytest.mark.parametrize(("values", "text"), [
+    ([3.0], "3.0"), ([], "-"), ([None], "-"), ([None, 2.0], "2.0"), ([1.0, 3.0], "2.0 ± 1.4")])
+def test_one_seed_has_no_deviation_and_none_is_a_dash(values, text):
+    assert probe.spread(values) == text
+
+
+# ==== charts ======================================================================================
+RANGES = [[0, 1], [0, 2], [-3, 7], [0.3, 0.7], [60.1, 60.4], [0.0011, 0.0013], [-900, -20],
+          [0, 1000], [1234, 98765]]
+EQUAL = [[3.2], [3.2345, 3.2345], [0], [-5], [1e6], [1e6, 1e6 + 1], [2e-5]]  # or nearly so
+
+
+@pytest.mark.parametrize("values", RANGES + EQUAL)
+def test_ticks_are_round_and_enclose_the_values(values):
+    ticks, place = probe.axis(values, 100, 300)
+    steps = np.diff(ticks)
+    power = 10.0 ** round(math.log10(steps[0]))
+    assert steps == pytest.approx(power, rel=1e-4)
+    multiples = ticks / power
+    assert multiples == pytest.approx(multiples.round(), abs=1e-6)
+    slack = 1e-6 * power
+    assert ticks[0] <= min(values) + slack
+    assert ticks[-1] >= max(values) - slack
+    assert 2 <= len(ticks) <= 12
+    placed = [place(v) for v in (ticks[0], ticks.mean(), ticks[-1])]
+    assert placed == pytest.approx([100, 200, 300], abs=1e-3)
+
+
+@pytest.mark.parametrize("values", RANGES)
+def test_values_fill_at_least_a_third_of_the_axis(values):
+    _, place = probe.axis(values, 100, 300)
+    assert place(max(values)) - place(min(values)) > 200 / 3.01
+
+
+RED, GREEN = [0xD6, 0x27, 0x28], [0x2C, 0xA0, 0x2C]  # noisy, nct
+WIDTH, HEIGHT = 470, 270  # of the plot, whose corner is at (57, 33)
+
+
+def pixels(lines, color):
+    """(x, y) from the plot's lower left corner of the pixels of a colour, without the texts."""
+    sheet = np.array(probe.chart({"title": lines}))
+    assert sheet.shape == (340, 620, 3)
+    plot = sheet[30:307, 54:531].astype(int)
+    distance = np.abs(plot - color).sum(2)
+    rows, columns = (distance < 150).nonzero()
+    return columns - 3, 273 - rows
 
 
 def test_chart_draws_the_values_where_they_belong():
-    sheet = np.asarray(probe.chart([("t", {"noisy": [(0, 1), (1, 1)], "nct": [(0, 0), (1, 2)]})])).astype(int)
-    sheet = sheet[:, :520]  # without the legend
-    level, rising = (np.argwhere(np.abs(sheet - c).sum(2) < 30) for c in ([0xD6, 0x27, 0x28], [0x2C, 0xA0, 0x2C]))
-    assert np.ptp(level[:, 0]) <= 2 and np.ptp(level[:, 1]) > 400
-    assert np.corrcoef(rising.T)[0, 1] < -0.99  # up and to the right
-    assert abs(level[:, 0].mean() - (rising[:, 0].min() + rising[:, 0].max()) / 2) < 3
+    lines = {"noisy": [(0, 1), (1, 1)], "nct": [(0, 0), (1, 2)]}
+    x, y = pixels(lines, RED)
+    assert (x.min(), x.max()) == pytest.approx((0, WIDTH), abs=3)
+    assert (y.min(), y.max()) == pytest.approx((HEIGHT / 2, HEIGHT / 2), abs=2.5)
+    x, y = pixels(lines, GREEN)
+    assert (x.min(), x.max()) == pytest.approx((0, WIDTH), abs=3)
+    assert y / HEIGHT == pytest.approx(x / WIDTH, abs=0.02)
 
 
-def test_chart_shows_a_single_value():
-    sheet = np.asarray(probe.chart([("t", {"noisy": [(10, 1)]})])).astype(int)[:, :520]  # without the legend
-    assert (np.abs(sheet - [0xD6, 0x27, 0x28]).sum(2) < 30).sum() > 20
+def test_chart_of_one_point_shows_it():
+    """A run of one log line is seen, too."""
+    x, y = pixels({"noisy": [(10, 1)]}, RED)
+    assert len(x) > 10
+    assert max(np.ptp(x), np.ptp(y)) <= 6
 
 
-def test_report_on_an_empty_folder_is_one_line_with_code_2(tmp_path, monkeypatch, capsys):
-    assert main(monkeypatch, "report", tmp_path) == 2
-    error = capsys.readouterr().err
-    assert str(tmp_path) in error and error.count("\n") == 1 and "Traceback" not in error
-    assert not list(tmp_path.iterdir())
+def test_charts_stand_two_in_a_row_and_those_without_a_point_are_left_out():
+    point = {"noisy": [(0, 1)]}
+    assert probe.chart({"a": point, "b": {"nct": []}}).size == (620, 340)
+    assert probe.chart({"a": point, "b": point, "c": point}).size == (1240, 680)
+    assert probe.chart({"a": {"nct": []}, "b": {}}) is None

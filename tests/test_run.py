@@ -1,44 +1,37 @@
-"""run.sh from end to end, as a user calls it: bad input, a tiny chain, the same chain again, and a chain that a signal
-interrupts; and shapes.py, the demonstration data."""
+"""run.sh from end to end, as a user calls it: bad input, a tiny chain, the same chain again, one
+that a signal interrupts; which stages it would call, with a python that only records; and
+shapes.py, the demonstration data."""
 
+import fcntl
+import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import shapes
 import torch
 from PIL import Image
+from test_fuzz import ARMS, CHAIN, ROOT, contents, environment, results
 
-ROOT = Path(__file__).parents[1]
-ARMS = ["--noise", "gauss50", "--preset", "demo", "--arms", "noisy nct"]
-TINY = str.split("--device cpu --workers 1 --log_steps 1 --epochs 4 --switch 2 --arch 16,2,2 --head_hidden 16 "
-                 "--head_bottleneck 8 --prototypes 16 --patch_size 8 --global_size 32 --local_size 16 --batch_size 8")
+import denoise
+import pretrain
+import probe
 
-
-def environment(tmp_path):
-    """python3 is the Python of these tests."""
-    folder = tmp_path / "bin"
-    folder.mkdir(exist_ok=True)
-    if not (folder / "python3").exists():
-        (folder / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        (folder / "python3").chmod(0o755)
-    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+RUN = ["bash", str(ROOT / "run.sh")]
 
 
-def bash(tmp_path, *flags):
-    return subprocess.run(["bash", str(ROOT / "run.sh"), *map(str, flags)], env=environment(tmp_path), cwd=tmp_path,
+def run_sh(folder, *flags):
+    """run.sh with the Python of these tests, in this folder."""
+    return subprocess.run([*RUN, *map(str, flags)], env=environment(folder), cwd=folder,
                           capture_output=True, text=True, timeout=300)
-
-
-def files(folder):
-    return {p.relative_to(folder): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +41,10 @@ def data(tmp_path_factory):
     return root
 
 
-# ======================================================================================================
-# bad input
-# ======================================================================================================
-
+# ==== bad input ===================================================================================
 def no_image(data):
-    for p in data.rglob("*.png"):
-        p.unlink()
+    for path in data.rglob("*.png"):
+        path.unlink()
 
 
 def corrupt(data):
@@ -65,66 +55,107 @@ def unknown_class(data):
     (data / "val/rings").rename(data / "val/circles")
 
 
-@pytest.mark.parametrize("flags, spoil, message", [
-    (["--nose", "gauss100"], None, "unknown argument --nose"),
-    (["--noise"], None, "--noise needs a value"),
-    (["--", "--epochs", "3", "--seed", "1"], None, "-- --seed: differs from run to run; use --arms, --seeds"),
-    (["--", "--curriculum=noisy:3"], None, "-- --curriculum=noisy:3: differs from run to run"),
-    (["--", "--noise_seed", "1"], None, "-- --noise_seed: is for all stages"),
-    (["--noise", "gaus100"], None, "--noise gaus100: unknown noise"),
-    (["--data", "nowhere"], None, "--data nowhere: no such folder"),
-    ([], no_image, "no images found"),
-    ([], corrupt, "0001.png: not a readable image"),
-    ([], unknown_class, "circles: class unknown to train"),
-    (["--gpus", "2"], None, "--gpus 2: this machine has"),
-    (["--arms", "foo"], None, "--arms foo: unknown"),
-    (["--noise", "none", "--arms", "clean"], None, "--arms clean: with --noise none")])
-def test_bad_input_ends_with_one_line_and_writes_nothing(data, tmp_path, flags, spoil, message):
-    if flags[:1] == ["--gpus"] and torch.cuda.device_count() > 1:
+def flat(data):
+    for k, path in enumerate([*data.rglob("*.png")]):
+        path.rename(data / f"{k}.png")
+    for split in ("train", "val"):
+        shutil.rmtree(data / split)
+
+
+FROM_RUN_TO_RUN = "differs from run to run; use --arms, --seeds, --out"
+FOR_ALL = "is for all stages"
+BAD = [  # flags, what the error line says, what is wrong with the data
+    ("--nose gauss100", "unknown argument --nose"),
+    ("--noise", "--noise needs a value"),
+    ("--noise gaus100", "--noise gaus100: unknown noise"),
+    ("--noise gaus100", "--noise gaus100: unknown noise", flat),
+    ("--data nowhere", "--data nowhere: no such folder"),
+    ("", "no images found", no_image),
+    ("", "0001.png: not a readable image", corrupt),
+    ("", "circles: class unknown to train", unknown_class),
+    ("--preset huge", "--preset huge: use demo, tiny, imagenet100 or imagenet1k"),
+    ("--arms foo", "--arms foo: unknown"),
+    ("--arms clean", "--arms clean: with --noise none"),
+    ("--seeds x", "--seeds x: must be whole numbers"),
+    ("--gpus 0", "--gpus 0: must be a whole number from 1"),
+    ("--gpus 99", "--gpus 99: this machine has"),
+    ("--denoised data", "--denoised: none of --arms noisy uses it"),
+    ("--arms nc --denoised nowhere", "--denoised nowhere: no such folder"),
+    ("-- --epochs 3 --seed 1", f"-- --seed: {FROM_RUN_TO_RUN}"),
+    ("-- --source=clean", f"-- --source=clean: {FROM_RUN_TO_RUN}"),
+    ("-- --stop 3", f"-- --stop: {FROM_RUN_TO_RUN}"),
+    ("-- --init a.pth", f"-- --init: {FROM_RUN_TO_RUN}"),
+    ("-- --out b", f"-- --out: {FROM_RUN_TO_RUN}"),
+    ("-- --data b", f"-- --data: {FOR_ALL}"),
+    ("-- --noise=none", f"-- --noise=none: {FOR_ALL}"),
+    ("-- --noise_seed 1", f"-- --noise_seed: {FOR_ALL}"),
+    ("-- --preset tiny", f"-- --preset: {FOR_ALL}"),
+    ("-- --denoised data", f"-- --denoised: {FOR_ALL}"),
+    ("-- --epochs 1.5", "--epochs 1.5"),
+    ("--arms nc -- --epochs 4 --switch 4", "--switch 4: must be between 0 and --epochs 4"),
+    ("--arms nct -- --epochs 4 --switch 0", "--switch 0: must be between 0 and --epochs 4"),
+    ("--arms nc -- --epochs 4", "must be between 0 and --epochs 4"),  # the preset's: 6 of 10
+    ("-- --switch 2", "--switch: has no effect"),
+    ("--arms nc -- --anchor 2", "-- --anchor: has no effect without the arm nct"),
+    ("-- --anchor_head live", "-- --anchor_head: has no effect without the arm nct"),
+    ("--arms nct -- --anchor few", "--anchor: invalid float value: 'few'", flat),
+    ("--arms nct -- --anchor_head dead", "--anchor_head: invalid choice: 'dead'", flat),
+    ("--arms nct -- --anchor 0 --anchor_head live", "--anchor_head: have no effect", flat),
+    ("--arms nct -- --anchor_from a.pth", "--anchor_from a.pth: no such file"),
+    ("-- --init_backbone a.pth", "--init_backbone a.pth: no such file"),
+    ("-- --learning_rate 1", "unrecognized arguments: --learning_rate"),
+    ("-- --epochs", "--epochs: expected one argument", flat),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case[0]} {case[2:]}")
+def test_bad_input_ends_with_one_line_and_writes_nothing(data, tmp_path, case):
+    flags, message, *spoil = case
+    if torch.cuda.device_count() >= 99:
         pytest.skip("has the GPUs")
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/kept.txt").write_text("kept")
-    if spoil:
-        spoil(tmp_path / "data")
-    before = files(tmp_path / "out"), files(tmp_path / "data")
-    done = bash(tmp_path, "--data", "data", "--out", "out", *flags)
+    for break_data in spoil:
+        break_data(tmp_path / "data")
+    before = contents(tmp_path / "out", tmp_path / "data")
+    usual = str.split("--data data --out out --preset tiny --arms noisy")
+    done = run_sh(tmp_path, *usual, *flags.split())
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2, done.stderr
-    assert len(errors) == 1 and message in errors[0]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(errors) == 1 and message in errors[0], done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert (files(tmp_path / "out"), files(tmp_path / "data")) == before
+    assert contents(tmp_path / "out", tmp_path / "data") == before
 
 
-# ======================================================================================================
-# the chain
-# ======================================================================================================
-
+# ==== the chain ===================================================================================
 @pytest.fixture(scope="module")
 def chain(data, tmp_path_factory):
     """(flags, its output, folder) of an undisturbed chain."""
-    out = tmp_path_factory.mktemp("chain") / "out"
-    flags = ["--data", data, *ARMS, "--out", out, "--", *TINY]
-    done = bash(out.parent, *flags)
+    folder = tmp_path_factory.mktemp("chain")
+    flags = ["--data", data, *ARMS, *CHAIN, "--switch", "2"]
+    done = run_sh(folder, *flags)
     assert done.returncode == 0, done.stderr
-    return flags, done, out
+    return flags, done, folder / "out"
 
 
 def figures(out):
     """What the probes measured, by run."""
-    results = json.loads((out / "results.json").read_text())
-    return {run: {k: r[k] for k in ("linear", "knn", "map", "clean_linear", "sweep")}
-            for arm in results.values() for run, r in arm.items()}
+    arms = json.loads((out / "results.json").read_text())
+    found = {}
+    for run, result in itertools.chain(*(arm.items() for arm in arms.values())):
+        found[run] = {k: result[k] for k in ("linear", "knn", "map", "clean_linear", "sweep")}
+    return found
 
 
 def test_chain_prints_the_table_and_leaves_report_and_pictures(chain):
     _, done, out = chain
     found = figures(out)
-    assert found.keys() == {"noisy-seed0", "nct-seed0"}
+    assert found.keys() == {"noisy-seed0", "denoised-seed0", "nct-seed0"}
     report = (out / "results.md").read_text()
     for run, r in found.items():
-        shown = (r["linear"], r["clean_linear"], r["knn"]["20"])
-        line = " | ".join([f"| {run.removesuffix('-seed0')} | 1", *(f"{v:.1f}" for v in shown)])
+        shown = [f"{v:.1f}" for v in (r["linear"], r["clean_linear"], r["knn"]["20"])]
+        line = " | ".join(["| " + run.removesuffix("-seed0"), "1", *shown])
         assert line in done.stdout and line in report
     for name in ("samples", "features", "robustness", "curves"):
         assert f"({name}.png)" in report
@@ -133,202 +164,505 @@ def test_chain_prints_the_table_and_leaves_report_and_pictures(chain):
     assert found["noisy-seed0"]["map"] != found["nct-seed0"]["map"]
 
 
-def test_pictures_are_the_same_where_denoised_and_clean_are_the_only_arms(chain, tmp_path):
-    """The clean arm's probe knows of no noise, but the pictures show it."""
-    shutil.copytree(chain[2], out := tmp_path / "out")
-    for source, arm, change in (("noisy", "clean", {"noise": "none"}), ("nct", "denoised", {"denoised": "there"})):
-        result = json.loads((out / f"probe/{source}-seed0.json").read_text())
-        result["config"] |= change
-        (out / f"probe/{arm}-seed0.json").write_text(json.dumps(result))
-        (out / f"probe/{source}-seed0.json").unlink()
-        (out / f"pretrain/{source}-seed0").rename(out / f"pretrain/{arm}-seed0")
+def test_pictures_show_the_noise_where_the_first_arm_is_the_clean_one(chain, tmp_path, monkeypatch):
+    """The clean arm's probe knows of no noise."""
+    out = tmp_path / "out"
+    shutil.copytree(chain[2], out)
+    monkeypatch.chdir(chain[2].parent)
+    result = json.loads((out / "probe/noisy-seed0.json").read_text())
+    result["config"]["noise"] = "none"
+    (out / "probe/clean-seed0.json").write_text(json.dumps(result))
+    (out / "pretrain/noisy-seed0").rename(out / "pretrain/clean-seed0")
+    for run in ("noisy-seed0", "nct-seed0"):
+        (out / f"probe/{run}.json").unlink()
     (out / "samples.png").unlink()
-    subprocess.run([sys.executable, ROOT / "probe.py", "report", out], check=True, cwd=chain[2].parent)
+    probe.report(out)
     assert (out / "samples.png").read_bytes() == (chain[2] / "samples.png").read_bytes()
 
 
-def test_chain_trains_the_shared_first_phase_once(chain):
+def test_chain_trains_the_denoised_run_once_and_nct_from_its_middle(chain):
+    """Of 4 epochs of 5 steps 2 are on denoised images; the denoised arm has all 4 of them."""
     _, done, out = chain
-    assert done.stdout.count("--arm phase1") == 1
-    steps = {r: json.loads((out / f"pretrain/{r}-seed0/summary.json").read_text())["steps"] for r in
-             ("phase1", "noisy", "nct")}
-    assert steps == {"phase1": 10, "noisy": 20, "nct": 20}
-    logs = [(out / f"pretrain/{r}-seed0/log.jsonl").read_text() for r in ("phase1", "nct")]
-    assert logs[0] and logs[1].startswith(logs[0])
+    runs = {"noisy": 20, "denoised": 20, "nct": 10}
+    for run, steps in runs.items():
+        log = (out / f"pretrain/{run}-seed0/log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in log] == list(range(1, steps + 1))
+    for epoch in (1, 2, 3, 4):
+        assert done.stdout.count(f"denoised-seed0: epoch {epoch}/4") == 1
+    assert (out / "pretrain/denoised-seed0/epoch2.pth").exists()
+    seconds = json.loads((out / "pretrain/nct-seed0/summary.json").read_text())["seconds"]
+    log = (out / "pretrain/nct-seed0/log.jsonl").read_text().splitlines()
+    assert seconds > json.loads(log[-1])["seconds"]  # with those of the first phase
+
+
+def test_stages_are_numbered_with_the_time_that_the_last_one_took(chain):
+    _, done, out = chain
+    lines = [line for line in done.stdout.splitlines() if line.startswith("== ")]
+    titles = ["training the denoiser", "denoising the images",
+              "pretraining denoised, first 2 of 4 epochs, seed 0", "pretraining noisy, seed 0",
+              "probing noisy, seed 0", "pretraining denoised, seed 0", "probing denoised, seed 0",
+              "pretraining nct, seed 0", "probing nct, seed 0", "report"]
+    assert lines[0] == "== 1/10 training the denoiser =="
+    last = r" \(the last took \d+ min \d+ s(, about \d+ min left)?\) =="
+    for number, (title, line) in enumerate(zip(titles, lines, strict=True), 1):
+        assert number == 1 or re.fullmatch(f"== {number}/10 {title}{last}", line), line
+    assert len((out / "commands.log").read_text().splitlines()) == 10
 
 
 def test_same_command_again_trains_nothing_and_reports_the_same(chain):
-    flags, _, out = chain
-    weights = {p: v for p, v in files(out).items() if p.suffix == ".pth"}
-    assert len(weights) >= 7  # denoiser, three runs with two files each
-    results = (out / "results.json").read_bytes()
-    done = bash(out.parent, *flags)
+    flags, first, out = chain
+    before = contents(out)
+    done = run_sh(out.parent, *flags)
     assert done.returncode == 0, done.stderr
-    assert (out / "results.json").read_bytes() == results
-    checkpoints = {p for p in weights if p.name == "checkpoint.pth"}
-    now = files(out)
-    assert {p for p in checkpoints if now[p][0] != weights[p][0]} == set()
-    assert {p for p in weights if now[p][1] != weights[p][1]} == set()
+    after = contents(out)
+    assert after.keys() == before.keys()
+    assert after[out / "results.json"][1] == before[out / "results.json"][1]
+    changed = {p for p in before if before[p] != after[p]}
+    assert {p.parent for p in changed} == {out}  # the report, the lock and commands.log
+    table = [line for line in first.stdout.splitlines() if line.startswith("|")]
+    assert [line for line in done.stdout.splitlines() if line.startswith("|")] == table
+    assert done.stdout.count("complete, nothing to do") == 8  # but apply's and the report
 
 
-def test_chain_that_a_signal_interrupted_goes_on_to_the_same_figures(chain, tmp_path):
-    flags, _, undisturbed = chain
-    out = tmp_path / "out"
-    flags = [*flags[:flags.index("--out")], "--arms", "noisy", "--out", out, "--", *TINY]
-    command = ["bash", str(ROOT / "run.sh"), *map(str, flags)]
-    log = out / "pretrain/noisy-seed0/log.jsonl"
-    with open(tmp_path / "output", "w") as output, subprocess.Popen(
-            command, env=environment(tmp_path), cwd=tmp_path, stdout=output, stderr=output) as process:
-        while process.poll() is None and not (log.exists() and '"step": 11' in log.read_text()):
+def test_chain_that_a_signal_interrupted_goes_on_to_the_same_figures(chain, data, tmp_path):
+    flags = ["--data", str(data), "--arms", "noisy", *CHAIN]
+    run, output = tmp_path / "out/pretrain/noisy-seed0", tmp_path / "output"
+    log = run / "log.jsonl"
+    with (open(output, "w") as file,
+          subprocess.Popen([*RUN, *flags], env=environment(tmp_path), cwd=tmp_path, stdout=file,
+                           stderr=file) as process):
+        while process.poll() is None:
+            if log.exists() and '"step": 11' in log.read_text():
+                break
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75, (tmp_path / "output").read_text()
-    assert "saved; the same command goes on" in (tmp_path / "output").read_text()
-    assert not (log.parent / "backbone.pth").exists() and not (out / "results.json").exists()
-    done = bash(tmp_path, *flags)
+        assert process.wait(60) == 75, output.read_text()
+    assert "saved; the same command goes on" in output.read_text()
+    assert not (run / "backbone.pth").exists()
+    assert not (tmp_path / "out/results.json").exists()
+    done = run_sh(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
-    assert figures(out)["noisy-seed0"] == figures(undisturbed)["noisy-seed0"]
+    assert figures(tmp_path / "out")["noisy-seed0"] == figures(chain[2])["noisy-seed0"]
+    mine, undisturbed = results(run), results(chain[2] / "pretrain/noisy-seed0")
+    for name in ("checkpoint.pth", "backbone.pth", "log.jsonl"):
+        assert mine[name] == undisturbed[name]
 
 
 def test_flat_folder_without_classes_is_pretrained_without_probes(data, tmp_path):
     (tmp_path / "flat").mkdir()
     for i, path in enumerate(sorted(data.glob("train/*/*.png"))[:16]):
         shutil.copy(path, tmp_path / f"flat/{i}.png")
-    done = bash(tmp_path, "--data", "flat", "--preset", "demo", "--arms", "noisy", "--out", "out", "--", *TINY)
+    done = run_sh(tmp_path, "--data", "flat", "--arms", "noisy", *CHAIN)
     assert done.returncode == 0, done.stderr
-    assert "pretraining without probes" in done.stdout and not (tmp_path / "out/probe").exists()
-    assert json.loads((tmp_path / "out/pretrain/noisy-seed0/summary.json").read_text())["steps"] == 8
-    weights = torch.load(tmp_path / "out/pretrain/noisy-seed0/backbone.pth", weights_only=True)
+    assert "pretraining without probes" in done.stdout
+    assert not (tmp_path / "out/probe").exists()
+    run = tmp_path / "out/pretrain/noisy-seed0"
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 4
+    weights = torch.load(run / "backbone.pth", weights_only=True)
     assert weights["patch_embed.proj.weight"].shape == (16, 3, 8, 8)
 
 
-# ======================================================================================================
-# the test command
-# ======================================================================================================
+# ==== what run.sh calls: a python3 that does nothing records it ===================================
+RECORDER = """#!/bin/sh
+case " $* " in
+  *" -c "*device_count*) echo 64; exit 0 ;;
+  *" -c "*" LACKS "*) exit 1 ;;
+  *" -c "* | *" pip --version "*) exit 0 ;;
+  *" venv "*) mkdir -p "HERE/.venv/bin"; cp "$0" "HERE/.venv/bin/python" ;;
+esac
+echo "$*" >>"HERE/ran"
+MORE
+"""
+
+
+def recorder(folder, lacks="nothing", more=""):
+    """The command and the environment of a copy of run.sh, whose python3 has every package but one
+    and 64 GPUs, and does nothing but `more`."""
+    shutil.copy(ROOT / "run.sh", folder)
+    script = RECORDER.replace("LACKS", lacks).replace("MORE", more)
+    (folder / "bin").mkdir()
+    (folder / "bin/python3").write_text(script.replace("HERE", str(folder)))
+    (folder / "bin/python3").chmod(0o755)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    return ["bash", str(folder / "run.sh")], {**os.environ, "PATH": path}
+
+
+def called(folder):
+    """(the checks of labels, images and flags, all other calls of the recorder)."""
+    lines = (folder / "ran").read_text().replace(f"{folder}/", "").splitlines()
+    checks = [line for line in lines if ".py check " in line]
+    return checks, [line for line in lines if line not in checks]
+
+
+def recorded(folder, *flags, lacks="nothing", more=""):
+    """What run.sh calls python3 for, but for the checks at the start, and what it prints."""
+    command, env = recorder(folder, lacks, more)
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return called(folder)[1], done.stdout
+
 
 WHOLE = "-m pytest --cov --cov-report=term-missing --cov-fail-under=90"
+INSTALL = ["-m venv --system-site-packages .venv", "-m pip install -q pytest pytest-cov"]
 
 
-def recorded(tmp_path, *flags, lacks="nothing"):
-    """What a copy of run.sh calls python3 for: one that does nothing, has every package but one, and two GPUs."""
-    shutil.copy(ROOT / "run.sh", tmp_path)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python3").write_text(f"""#!/bin/sh
-case " $* " in
-  *" -c "*device_count*) echo 2; exit 0 ;;
-  *" -c "*" {lacks} "*) exit 1 ;;
-  *" -c "* | *" pip --version "*) exit 0 ;;
-  *" venv "*) mkdir -p "{tmp_path}/.venv/bin"; cp "$0" "{tmp_path}/.venv/bin/python" ;;
-esac
-echo "$*" >>"{tmp_path}/ran"
-echo "$(basename "$1") $GLIBC_TUNABLES" >>"{tmp_path}/tunables"
-""")
-    (tmp_path / "bin/python3").chmod(0o755)
-    done = subprocess.run(["bash", str(tmp_path / "run.sh"), *flags], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
-    assert done.returncode == 0, done.stderr
-    return (tmp_path / "ran").read_text().replace(f"{tmp_path}/", "").splitlines()
-
-
-@pytest.mark.parametrize("lacks, flags, ran", [
+@pytest.mark.parametrize("lacks, flags, expected", [
     ("nothing", [], [WHOLE]),
     ("nothing", ["-k", "noise"], ["-m pytest -k noise"]),  # a part of the suite: no figure
     ("pytest_cov", [], ["-m pytest"]),
-    ("pytest", [], ["-m venv --system-site-packages .venv", "-m pip install -q pytest pytest-cov", WHOLE])])
-def test_test_command_measures_coverage_and_installs_only_into_an_environment_of_its_own(tmp_path, lacks, flags, ran):
-    assert recorded(tmp_path, "test", *flags, lacks=lacks) == ran
+    ("pytest", [], [*INSTALL, WHOLE]),
+])
+def test_test_command_measures_coverage_and_installs_only_into_an_environment_of_its_own(
+        tmp_path, lacks, flags, expected):
+    assert recorded(tmp_path, "test", *flags, lacks=lacks)[0] == expected
 
 
-# ======================================================================================================
-# what each arm is
-# ======================================================================================================
-
-def calls(tmp_path, *flags):
-    """Stages of a chain on data/ into out/, as run.sh calls them."""
-    for folder in ("data/train", "data/val", "out/denoiser"):
-        (tmp_path / folder).mkdir(parents=True)
-    return recorded(tmp_path, "--data", "data", "--noise", "gauss50", "--out", "out", *flags)
-
-
-def pretraining(arm, flags, seed=0, base="--data data --noise gauss50 --preset tiny"):
-    return f"pretrain.py {base} --arm {arm} --seed {seed} --out out/pretrain/{arm}-seed{seed}{flags} --epochs 9"
+def parse(line):
+    """(words before the script, script, {flag: value}) of a command; of a flag twice the last."""
+    words = line.split()
+    script = next(k for k, word in enumerate(words) if word.endswith(".py"))
+    launch, name, rest = words[:script], words[script], words[script + 1:]
+    while rest and not rest[0].startswith("--"):  # a command such as train
+        name = f"{name} {rest.pop(0)}"
+    return launch, name, dict(zip(rest[::2], rest[1::2], strict=True))
 
 
-def probing(arm, flags="", seed=0, base="--data data --noise gauss50 --preset tiny"):
-    return f"probe.py {base} --run out/pretrain/{arm}-seed{seed} --out out/probe/{arm}-seed{seed}.json{flags}"
+def images(folder):
+    """A data folder with classes, as far as run.sh looks, and files to start from."""
+    for split in ("train", "val"):
+        (folder / "data" / split / "cat").mkdir(parents=True)
+        (folder / "data" / split / "cat/1.png").touch()
+    (folder / "mine").mkdir()
+    for name in ("vit.pth", "teacher.pth"):
+        (folder / name).touch()
+
+
+def stages(folder, preset, *flags, noise="gauss50", more=""):
+    """The stages of a chain on data/ into out/, parsed."""
+    images(folder)
+    common = "--data", "data", "--noise", noise, "--preset", preset, "--out", "out"
+    commands, _ = recorded(folder, *common, *flags, more=more)
+    return [parse(line) for line in commands]
+
+
+def plan(text, preset, noise="gauss50", seed=0, launch=()):
+    """What stages() gives, of lines with the flags that differ. The names of runs become folders:
+    NAME> before a pretraining, NAME: before a probe."""
+    found = []
+    for line in text.strip().splitlines():
+        name, _, rest = line.strip().partition(" ")
+        run = f"out/pretrain/{name[:-1]}-seed{seed}"
+        shared = f"--data data --noise {noise} --preset {preset}"
+        if name.endswith(">"):
+            line = f"pretrain.py {shared} --seed {seed} --out {run} {rest}"
+        elif name.endswith(":"):
+            figures = f"out/probe/{name[:-1]}-seed{seed}.json"
+            line = f"probe.py {shared} --run {run} --out {figures} {rest}"
+        elif name == "denoise.py":
+            line = f"{line} {shared}"
+        _, script, flags = parse(line)
+        alone = "report" in script
+        found.append(([] if alone else list(launch), script, flags))
+    return found
 
 
 def test_every_arm_is_pretrained_and_probed_on_the_images_of_its_kind(tmp_path):
-    """Clean images for the upper bound, denoised ones and a denoiser for the arm that keeps it, noisy for the rest."""
-    base, seen = "--data data --noise gauss50 --preset tiny", " --denoised out/denoised"
-    fork = f"{seen} --fork out/pretrain/phase1-seed0/checkpoint.pth"
-    assert calls(tmp_path, "--preset", "tiny", "--", "--epochs", "9") == [
-        f"probe.py check {base} --run none --out none",
-        f"denoise.py train {base} --out out/denoiser",
-        f"denoise.py apply {base} --denoiser out/denoiser --out out/denoised",
-        pretraining("phase1", seen),
-        pretraining("random", ""), probing("random"),
-        pretraining("noisy", ""), probing("noisy"),
-        pretraining("denoised", fork), probing("denoised", f"{seen} --denoiser out/denoiser"),
-        pretraining("nc", fork), probing("nc"),
-        pretraining("nct", fork), probing("nct"),
-        pretraining("clean", ""), probing("clean", " --noise none"),
-        "probe.py report out"]
+    """Clean images for the upper bound, denoised ones and a denoiser for the arm that keeps it,
+    noisy for the rest; nc and nct start where the denoised run was after 6 epochs."""
+    assert stages(tmp_path, "tiny") == plan("""
+        denoise.py train --out out/denoiser
+        denoise.py apply --denoiser out/denoiser --out out/denoised
+        denoised> --source denoised --denoised out/denoised --epochs 10 --stop 6
+        random> --source noisy --epochs 0
+        random:
+        noisy> --source noisy --epochs 10
+        noisy:
+        denoised> --source denoised --denoised out/denoised --epochs 10
+        denoised: --denoised out/denoised --denoiser out/denoiser
+        nc> --source noisy --epochs 4 --init out/pretrain/denoised-seed0/epoch6.pth \
+ --warmup_epochs 1
+        nc:
+        nct> --source noisy --epochs 4 --init out/pretrain/denoised-seed0/epoch6.pth \
+ --warmup_epochs 1 --denoised out/denoised --anchor 4
+        nct:
+        clean> --source clean --epochs 10
+        clean: --noise none
+        probe.py report out""", "tiny")
+
+
+def test_plan_is_what_commands_log_holds(tmp_path):
+    images(tmp_path)
+    command = str.split("--data data --noise gauss50 --preset tiny --out out")
+    commands, _ = recorded(tmp_path, *command)
+    log = (tmp_path / "out/commands.log").read_text().replace(f"{tmp_path}/", "")
+    assert [shlex.split(line)[1:] for line in log.splitlines()] == [
+        line.split() for line in commands]
+
+
+def test_labels_images_and_flags_are_checked_before_anything_is_trained(tmp_path):
+    stages(tmp_path, "tiny", *str.split("-- --lr 0.1 --anchor 3 --anchor_head live"))
+    checks, others = called(tmp_path)
+    lines = (tmp_path / "ran").read_text().replace(f"{tmp_path}/", "").splitlines()
+    assert lines == checks + others
+    labels, flags = map(parse, checks)
+    shared = {"--data": "data", "--noise": "gauss50", "--preset": "tiny"}
+    nct = {"--denoised": "out/denoised", "--anchor": "3", "--anchor_head": "live"}
+    assert labels == ([], "probe.py check", shared)
+    assert flags[1] == "pretrain.py check"
+    assert flags[2].items() >= (shared | nct | {"--lr": "0.1"}).items()
+
+
+def test_images_that_are_noisy_already_have_no_clean_arm(tmp_path):
+    ran = stages(tmp_path, "tiny", noise="none")
+    runs = {flags.get("--run") for _, _, flags in ran} - {None}
+    arms = ("random", "noisy", "denoised", "nc", "nct")
+    assert runs == {f"out/pretrain/{arm}-seed0" for arm in arms}
+
+
+def test_denoised_images_of_ones_own_take_the_place_of_the_denoiser(tmp_path):
+    ran = stages(tmp_path, "tiny", "--denoised", "mine", "--arms", "denoised nct")
+    assert ran == plan("""
+        denoised> --source denoised --denoised mine --epochs 10 --stop 6
+        denoised> --source denoised --denoised mine --epochs 10
+        denoised: --denoised mine
+        nct> --source noisy --epochs 4 --init out/pretrain/denoised-seed0/epoch6.pth \
+ --warmup_epochs 1 --denoised mine --anchor 4
+        nct:
+        probe.py report out""", "tiny")
 
 
 def test_anchor_of_imagenet1k_is_the_finished_denoised_teacher(tmp_path):
-    ran = calls(tmp_path, "--preset", "imagenet1k", "--arms", "nct", "--denoised", "mine", "--", "--epochs", "9")
-    base, fork = "--data data --noise gauss50 --preset imagenet1k", " --fork out/pretrain/phase1-seed0/checkpoint.pth"
-    anchor = " --anchor_from out/pretrain/denoised-seed0/checkpoint.pth"
-    assert ran[1:] == [pretraining("phase1", " --denoised mine", base=base),
-                       pretraining("denoised", " --denoised mine" + fork, base=base),
-                       pretraining("nct", " --denoised mine" + fork + anchor, base=base),
-                       probing("nct", base=base), "probe.py report out"]
+    more = str.split("--denoised mine -- --epochs 9 --switch 3")
+    ran = stages(tmp_path, "imagenet1k", "--arms", "nct", *more)
+    assert ran == plan("""
+        denoised> --source denoised --denoised mine --epochs 9 --stop 3
+        denoised> --source denoised --denoised mine --epochs 9
+        nct> --source noisy --epochs 6 --init out/pretrain/denoised-seed0/epoch3.pth \
+ --warmup_epochs 5 --teacher_temp_warmup_epochs 15 --denoised mine --anchor 1 \
+ --anchor_from out/pretrain/denoised-seed0
+        nct:
+        probe.py report out""", "imagenet1k")
+
+
+def test_flags_after_the_dashes_reach_the_runs_that_they_are_for(tmp_path):
+    """--epochs and --switch shape the arms, --anchor... is nct's, --init_backbone of the runs that
+    begin with random weights, the rest for all."""
+    more = str.split("--denoised mine -- --lr 0.1 --epochs=9 --switch 3 --anchor 2 --anchor_head "
+                     "live --anchor_from=teacher.pth --init_backbone vit.pth --amp off")
+    ran = stages(tmp_path, "tiny", "--arms", "random noisy nc nct clean", *more)
+    expected = plan("""
+        denoised> --source denoised --denoised mine --epochs 9 --stop 3 --init_backbone vit.pth
+        random> --source noisy --epochs 0 --init_backbone vit.pth
+        noisy> --source noisy --epochs 9 --init_backbone vit.pth
+        nc> --source noisy --epochs 6 --init out/pretrain/denoised-seed0/epoch3.pth \
+ --warmup_epochs 1
+        nct> --source noisy --epochs 6 --init out/pretrain/denoised-seed0/epoch3.pth \
+ --warmup_epochs 1 --denoised mine --anchor 2 --anchor_head live --anchor_from teacher.pth
+        clean> --source clean --epochs 9 --init_backbone vit.pth""", "tiny")
+    for _, _, flags in expected:
+        flags |= {"--lr": "0.1", "--amp": "off"}
+    assert [stage for stage in ran if stage[1] == "pretrain.py"] == expected
+
+
+def test_flags_after_the_dashes_win_over_those_of_the_noisy_phase(tmp_path):
+    ran = stages(tmp_path, "tiny", "--arms", "nc", "--", "--warmup_epochs", "0.5")
+    nc = [flags for _, script, flags in ran if script == "pretrain.py"][-1]
+    assert nc["--warmup_epochs"] == "0.5"
+
+
+@pytest.mark.parametrize("zero", ["0", "0.0"])
+def test_anchor_0_makes_nct_the_run_that_nc_is(tmp_path, zero):
+    ran = stages(tmp_path, "imagenet1k", "--arms", "nc nct", "--", "--anchor", zero)
+    runs = [flags for _, script, flags in ran if script == "pretrain.py"]
+    nc, nct = runs[1], runs[-1]
+    assert nc.pop("--out") == "out/pretrain/nc-seed0"
+    assert nct.pop("--out") == "out/pretrain/nct-seed0"
+    assert nc == nct
 
 
 def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
-    ran = calls(tmp_path, "--preset", "tiny", "--arms", "noisy", "--seeds", "0 3", "--gpus", "2", "--", "--epochs", "9")
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -- "
-    assert ran[1:-1] == [launch + pretraining("noisy", ""), launch + probing("noisy"),
-                         launch + pretraining("noisy", "", 3), launch + probing("noisy", seed=3)]
+    more = str.split("--denoised mine --gpus 2 --seeds")
+    ran = stages(tmp_path, "tiny", "--arms", "nc", *more, "0 3")
+    launch = str.split("-m torch.distributed.run --standalone --nproc_per_node 2 --")
+    expected = []
+    for seed in (0, 3):
+        init = f"out/pretrain/denoised-seed{seed}/epoch6.pth"
+        expected += plan(f"""
+            denoised> --source denoised --denoised mine --epochs 10 --stop 6
+            nc> --source noisy --epochs 4 --init {init} --warmup_epochs 1
+            nc:""", "tiny", seed=seed, launch=launch)
+    assert ran == expected + plan("probe.py report out", "tiny")
 
 
-@pytest.mark.parametrize("own, shared", [(None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.perturb=0",) * 2])
-def test_pretraining_alone_keeps_freed_memory_and_a_users_own_settings_stay(tmp_path, monkeypatch, own, shared):
+# ==== presets =====================================================================================
+def nct_flags(folder, preset, noise):
+    """Flags of the first phase and of nct."""
+    ran = stages(folder, preset, "--arms", "nct", "--denoised", "mine", noise=noise)
+    runs = [flags for _, script, flags in ran if script == "pretrain.py"]
+    return runs[0], runs[-1]
+
+
+@pytest.mark.parametrize("preset, first_phase, warmup, temp_warmup", [
+    ("demo", 8, "1", None),
+    ("tiny", 6, "1", None),
+    ("imagenet100", 140, None, None),  # the paper's, as the next one
+    ("imagenet1k", 30, "5", "15"),
+])
+def test_preset_sets_the_length_of_both_phases_and_the_warm_ups_of_the_noisy_one(
+        tmp_path, preset, first_phase, warmup, temp_warmup):
+    epochs = pretrain.PRESETS[preset]["epochs"]
+    first, nct = nct_flags(tmp_path, preset, "gauss100")
+    assert first["--epochs"] == str(epochs)
+    assert first["--stop"] == str(first_phase)
+    assert nct["--epochs"] == str(epochs - first_phase)
+    assert nct.get("--warmup_epochs") == warmup
+    assert nct.get("--teacher_temp_warmup_epochs") == temp_warmup
+    assert "--warmup_epochs" not in first and "--teacher_temp_warmup_epochs" not in first
+
+
+@pytest.mark.parametrize("preset, noise, weight", [  # METHOD.md, table of the paper
+    ("imagenet100", "gauss100", "4"),
+    ("imagenet100", "gauss255", "1.1"),
+    ("imagenet100", "shot1", "5"),
+    ("imagenet100", "speckle1.0", "2"),
+    ("imagenet100", "rician60", "1"),
+    ("imagenet1k", "gauss100", "2"),
+    ("imagenet1k", "gauss255", "1.6"),
+    ("imagenet1k", "shot1", "1"),
+])
+def test_weight_of_the_anchor_is_the_papers_of_the_preset_and_the_noise(
+        tmp_path, preset, noise, weight):
+    assert nct_flags(tmp_path, preset, noise)[1]["--anchor"] == weight
+
+
+@pytest.mark.parametrize("preset", denoise.PRESETS)
+def test_denoiser_is_trained_by_as_many_processes_as_divide_its_batch(tmp_path, preset):
+    usual = denoise.TRAIN_FLAGS["batch_size"][0]
+    batch = denoise.PRESETS[preset].get("batch_size", usual)
+    for gpus, processes in ((64, batch), (3, 2), (2, 2)):
+        folder = tmp_path / str(gpus)
+        folder.mkdir()
+        train, apply, *_ = stages(folder, preset, "--arms", "denoised", "--gpus", str(gpus))
+        assert train[0][-2] == str(processes)
+        assert apply[0][-2] == str(gpus)
+
+
+def test_demonstration_makes_its_images_and_runs_every_arm_on_them(tmp_path):
+    images(tmp_path / "runs/demo")
+    commands, _ = recorded(tmp_path)
+    assert commands[0] == "tests/shapes.py runs/demo/data"
+    ran = [parse(line)[1:] for line in commands[1:]]
+    assert len(ran) == 16
+    for script, flags in ran[:-1]:  # but the report
+        assert flags["--data"] == "runs/demo/data" and flags["--preset"] == "demo"
+        clean = flags["--out"] == "runs/demo/probe/clean-seed0.json"
+        assert flags["--noise"] == ("none" if clean else "gauss100"), script
+    runs = [flags["--out"] for script, flags in ran if script == "pretrain.py"]
+    arms = ("denoised", "random", "noisy", "denoised", "nc", "nct", "clean")
+    assert runs == [f"runs/demo/pretrain/{arm}-seed0" for arm in arms]
+
+
+# ==== what else run.sh does =======================================================================
+def test_train_and_val_without_class_folders_are_pretrained_without_probes(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "1.png").touch()
+    flags = str.split("--data data --preset tiny --out out --arms noisy")
+    commands, text = recorded(tmp_path, *flags)
+    assert [parse(line)[1] for line in commands] == ["pretrain.py"]
+    assert "no train/<class>/ and val/<class>/ in data: pretraining without probes" in text
+
+
+def test_time_that_is_left_is_told_once_a_pretraining_took_some(tmp_path):
+    (tmp_path / "data").mkdir()
+    flags = str.split("--data data --preset tiny --out out --seeds")
+    sleep = 'case "$*" in *"--seed 1"*) sleep 5 ;; esac'
+    _, text = recorded(tmp_path, *flags, "0 1 2", "--arms", "noisy", more=sleep)
+    assert text.splitlines()[1:] == [
+        "== 1/3 pretraining noisy, seed 0 ==",
+        "== 2/3 pretraining noisy, seed 1 (the last took 0 min 0 s) ==",
+        "== 3/3 pretraining noisy, seed 2 (the last took 0 min 5 s, about 1 min left) =="]
+
+
+def test_two_of_the_same_command_run_one_after_the_other(tmp_path):
+    """A process that a killed run left behind may still be writing."""
+    for folder in ("data", "out"):
+        (tmp_path / folder).mkdir()
+    command, env = recorder(tmp_path)
+    command += str.split("--data data --preset tiny --out out --arms noisy")
+    lock = os.open(tmp_path / "out/.lock", os.O_CREAT | os.O_WRONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with subprocess.Popen(command, env=env, cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE) as process:
+        seen = [process.stdout.readline(), process.stdout.readline()]
+        before = called(tmp_path)[1]
+        os.close(lock)  # which frees it
+        after = process.stdout.read()
+    assert seen[1] == "waiting for another run in out\n" and before == []
+    assert "pretraining noisy" in after and len(called(tmp_path)[1]) == 1
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_stage_that_fails_ends_the_chain_with_its_code(tmp_path, code):
+    (tmp_path / "data").mkdir()
+    command, env = recorder(tmp_path, more=f'case "$*" in *--seed*) exit {code} ;; esac')
+    command += str.split("--data data --preset tiny --out out --seeds")
+    done = subprocess.run([*command, "0 1", "--arms", "noisy"], env=env, cwd=tmp_path)
+    assert done.returncode == code and len(called(tmp_path)[1]) == 1
+
+
+USUAL = "glibc.malloc.hugetlb=1"
+OWN = "glibc.malloc.perturb=0"
+
+
+@pytest.mark.parametrize("own, shared", [(None, USUAL), (OWN, OWN)])
+def test_pretraining_alone_keeps_freed_memory_and_a_users_own_settings_stay(
+        tmp_path, monkeypatch, own, shared):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     if own:
         monkeypatch.setenv("GLIBC_TUNABLES", own)
-    calls(tmp_path, "--preset", "tiny", "--arms", "nc")
+    record = '[ "$2" = check ] || echo "$(basename "$1") $GLIBC_TUNABLES" >>"HERE/tunables"'
+    stages(tmp_path, "tiny", "--arms", "nc", more=record)
     kept = f"{shared}:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-    assert set((tmp_path / "tunables").read_text().splitlines()) == {
+    assert {*(tmp_path / "tunables").read_text().splitlines()} == {
         f"denoise.py {shared}", f"pretrain.py {kept}", f"probe.py {shared}"}
 
 
-# ======================================================================================================
-# shapes.py
-# ======================================================================================================
-
+# ==== shapes.py ===================================================================================
 def test_shapes_are_the_same_bits_each_time_and_balanced(tmp_path):
+    made = []
     for name in ("a", "b"):
         shapes.write(tmp_path / name, 25, 13, size=32)
-    first, second = ({p: v[1] for p, v in files(tmp_path / n).items()} for n in ("a", "b"))
-    assert first == second and len(first) == len(set(first.values())) == 38
+        found = contents(tmp_path / name)
+        made.append({p.relative_to(tmp_path / name): v[1] for p, v in found.items()})
+    first, second = made
+    assert first == second and len(first) == len({*first.values()}) == 38
     for split, total in (("train", 25), ("val", 13)):
-        counts = [len(list((tmp_path / "a" / split / c).iterdir())) for c in shapes.CLASSES]
-        assert len(counts) == 10 and sum(counts) == total and max(counts) - min(counts) <= 1
+        counts = [len([*(tmp_path / "a" / split / k).iterdir()]) for k in shapes.CLASSES]
+        assert len(counts) == 10 and sum(counts) == total
+        assert max(counts) - min(counts) <= 1
+
+
+def mean_colours(split):
+    """Of 50 pictures a class: (class, picture, RGB)."""
+    return np.array([[shapes.image(k, split, i, size=32).mean((0, 1)) for i in range(50)]
+                     for k in range(10)])
 
 
 def test_mean_colour_of_a_shape_is_no_clue_to_its_class():
     """Nearest class mean colour, 50 training and 50 other pictures a class: chance is 10 %."""
-    train, val = (np.array([[shapes.image(c, split, i, size=32).mean((0, 1)) for i in range(50)] for c in range(10)])
-                  for split in shapes.SPLITS)  # (class, picture, RGB)
-    nearest = np.linalg.norm(val[:, :, None] - train.mean(1), axis=-1).argmin(-1)
+    train, val = map(mean_colours, shapes.SPLITS)
+    distances = np.linalg.norm(val[:, :, None] - train.mean(1), axis=-1)
+    nearest = distances.argmin(-1)
     assert (nearest == np.arange(10)[:, None]).mean() < 0.2
 
 
 def test_shapes_refuse_a_folder_with_other_things(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    command = [sys.executable, str(ROOT / "tests/shapes.py"), str(tmp_path), "--train", "10", "--val", "10"]
+    script = str(ROOT / "tests/shapes.py")
+    command = [sys.executable, script, str(tmp_path), "--train", "10", "--val", "10"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error:")
+    assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
