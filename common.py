@@ -282,7 +282,7 @@ class Folder:
         self.shapes = np.array(parallel(self.header, self.checked, "check"))  # (checked, 3): H, W, C
         self.channels = channels or int(self.shapes[:, 2].max())
         for i, shape in zip(self.checked, self.shapes, strict=True):
-            self.check(self.paths[i], shape)
+            self.check(self.data / self.paths[i], shape)
         if denoised:
             self.denoised = self.match(Path(denoised))
 

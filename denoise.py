@@ -38,13 +38,17 @@ TRAIN_FLAGS = {
     "epochs": (100, "passes over the images; even one is useful for the curriculum"),
     "subset": (0, "train on so many images, spread evenly over the sorted list; 0: on all"),
     "batch_size": (4, "patches a step over all processes"),
-    "patch": (256, "pixels of a training patch, rounded up as the poolings need; less for small "
-              "images"),
+    "patch": (
+        256,
+        "pixels of a training patch, rounded up as the poolings need; less for small images",
+    ),
     "lr": (3e-4, "halved at the epochs' borders at 20, 40, 60 and 80 % of training"),
     "ramp": (2.0, "final weight of the regulariser"),
     "width": (48, "features of the U-Net; 24 is 4 times faster"),
-    "init_scale": (0.1, "factor on the Kaiming-normal weights; 1 for short runs, which stay grey "
-                   "at 0.1"),
+    "init_scale": (
+        0.1,
+        "factor on the Kaiming-normal weights; 1 for short runs, which stay grey at 0.1",
+    ),
 }
 APPLY_FLAGS = {
     "denoiser": ("", "folder of a trained denoiser, or a file of Neighbor2Neighbor's weights"),
@@ -77,6 +81,7 @@ def read_config(argv):
 class UNet(nn.Module):
     """Noise2Noise's U-Net with Neighbor2Neighbor's names: noisy (B, C, H, W) to denoised, H and W
     multiples of 2 ** depth. 1,259,475 weights at 3 channels, width 48, depth 5."""
+
     def __init__(self, channels=3, width=48, depth=5, init_scale=0.1):
         super().__init__()
         self.depth = depth
@@ -169,7 +174,7 @@ def cut_patch(image, patch, rng):
     """A random patch (C, patch, patch) of an image (C, H, W); short sides are reflected."""
     image = reflect_to(image, patch, patch)
     top, left = (torch.randint(n - patch + 1, (), generator=rng) for n in image.shape[1:])
-    return image[:, top:top + patch, left:left + patch]
+    return image[:, top : top + patch, left : left + patch]
 
 
 # ==== application =================================================================================
@@ -185,11 +190,11 @@ def denoise(model, images, device, tile=1024, context=c.nullcontext):
     strips = []
     for top in range(0, x.shape[2], tile):
         first = max(0, top - MARGIN)
-        strip = x[:, :, first:top + tile + MARGIN].to(device) / 255
+        strip = x[:, :, first : top + tile + MARGIN].to(device) / 255
         with context():
             y = model(strip.contiguous(memory_format=torch.channels_last)).float()
         y = c.to_uint8(y.clamp(0, 1)).cpu()
-        strips.append(y[:, :, top - first:top - first + tile])
+        strips.append(y[:, :, top - first : top - first + tile])
     return torch.cat(strips, 2)[:, :, :H, :W]
 
 
@@ -221,7 +226,9 @@ def load_denoiser(path, device):
         model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: is no denoiser, a U-Net of Neighbor2Neighbor ({reason})") from None
+        raise UserError(
+            f"{path}: is no denoiser, a U-Net of Neighbor2Neighbor ({reason})"
+        ) from None
     return model.to(device, memory_format=torch.channels_last).eval(), noise
 
 
@@ -262,9 +269,12 @@ def quality(model, folder, device, context, most=32):
         if folder.spec != "none":
             clean = folder.read(i, "clean") / 255
             expected = expected_noisy(clean, folder.spec, folder.paths[i], folder.seed)
-            row |= {"noisy_clean": psnr(noisy, clean), "denoised_clean": psnr(denoised, clean),
-                    "noisy_expected": psnr(noisy, expected),
-                    "denoised_expected": psnr(denoised, expected)}
+            row |= {
+                "noisy_clean": psnr(noisy, clean),
+                "denoised_clean": psnr(denoised, clean),
+                "noisy_expected": psnr(noisy, expected),
+                "denoised_expected": psnr(denoised, expected),
+            }
         rows.append(row)
     return {k: round(np.mean([row[k] for row in rows]).item(), 3) for k in rows[0]}
 
@@ -272,14 +282,19 @@ def quality(model, folder, device, context, most=32):
 def report(q, split):
     """Say what to expect of a denoiser with this quality."""
     if "noisy_clean" in q:
-        c.say(f"{split:5} PSNR in dB    noisy  denoised\n"
-              f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
-              f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}")
+        c.say(
+            f"{split:5} PSNR in dB    noisy  denoised\n"
+            f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
+            f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}"
+        )
     if q["autocorrelation"] > 0.25:
-        print(f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the "
-              "noise looks spatially correlated (resized, compressed or demosaiced images?); "
-              "Neighbor2Neighbor keeps such noise. Bring denoised images of your own with "
-              "--denoised, or noisy images at native resolution", file=sys.stderr)
+        print(
+            f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the "
+            "noise looks spatially correlated (resized, compressed or demosaiced images?); "
+            "Neighbor2Neighbor keeps such noise. Bring denoised images of your own with "
+            "--denoised, or noisy images at native resolution",
+            file=sys.stderr,
+        )
 
 
 # ==== train =======================================================================================
@@ -324,8 +339,9 @@ def fit(args, model, folder, patch, device, state, config):
 
     def save(position):
         state = {name: part.state_dict() for name, part in parts.items()}
-        c.save_checkpoint(Path(args.out) / "checkpoint.pth",
-                          {**state, "position": position, "config": config})
+        c.save_checkpoint(
+            Path(args.out) / "checkpoint.pth", {**state, "position": position, "config": config}
+        )
 
     chosen = folder.spread(args.subset or len(folder))
     folder.hold(["noisy"], args.cache_gb, args.workers)
@@ -373,14 +389,19 @@ def check_target(args, out, model):
     if out.resolve() == data or any(out.resolve().is_relative_to(root) for root in roots):
         raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another")
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
-    maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32], "noise": args.noise,
-             "noise_seed": args.noise_seed}
+    maker = {
+        "denoiser": hashlib.sha256(weights).hexdigest()[:32],
+        "noise": args.noise,
+        "noise_seed": args.noise_seed,
+    }
     note = out / "made_by.json"
     if note.exists():
         c.check_config(c.read_json(note), maker, (), out)
     elif found:
-        raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; "
-                        "name another folder")
+        raise UserError(
+            f"--out {out}: holds images that apply did not make, {found[0]} first; "
+            "name another folder"
+        )
     elif c.world()[0] == 0:
         c.write_json(note, maker)
 
@@ -394,6 +415,7 @@ def picture(x):
 
 def write_image(path, x):
     """uint8 (C, H, W) as .png or .npy, whole or not at all."""
+
     def write(file):
         if path.suffix == ".npy":
             np.save(file, x.permute(1, 2, 0).contiguous().numpy())
@@ -416,8 +438,10 @@ def apply(args, device):
         folder = c.Folder(args.data, split, args.noise, args.noise_seed, channels=channels)
         channels = folder.channels  # for which grey images of val may serve
         if channels != model.enc_conv0.in_channels:
-            raise UserError(f"{args.data}: {channels} channels, not the denoiser's "
-                            f"{model.enc_conv0.in_channels}")
+            raise UserError(
+                f"{args.data}: {channels} channels, not the denoiser's "
+                f"{model.enc_conv0.in_channels}"
+            )
         apply_split(args, model, folder, split, device, context)
     return 0
 
@@ -448,8 +472,11 @@ def apply_split(args, model, folder, split, device, context):
             results = denoise_list(model, next(images), device, args.tile, context)
             for task in writing:
                 task.result()
-            writing = [pool.submit(write_image, targets[i], x)
-                       for i, x in zip(chunk, results, strict=True) if i in todo]
+            writing = [
+                pool.submit(write_image, targets[i], x)
+                for i, x in zip(chunk, results, strict=True)
+                if i in todo
+            ]
         for task in writing:
             task.result()
 

@@ -50,13 +50,17 @@ PROTOCOL_FLAGS = {
     "iterations": (12500, "steps of the linear heads"),
     "batch_size": (128, "of the linear heads"),
 }
-GROUPS = {"data": c.DATA_FLAGS | IMAGES_FLAGS, "protocol": PROTOCOL_FLAGS,
-          "running": c.RUNNING_FLAGS}
+GROUPS = {
+    "data": c.DATA_FLAGS | IMAGES_FLAGS,
+    "protocol": PROTOCOL_FLAGS,
+    "running": c.RUNNING_FLAGS,
+}
 
 
 def read_config(argv):
-    args = c.read_flags(argv, __doc__, PRESETS, GROUPS,
-                        positive=("iterations", "batch_size", "img_size"))
+    args = c.read_flags(
+        argv, __doc__, PRESETS, GROUPS, positive=("iterations", "batch_size", "img_size")
+    )
     if bool(args.run) == bool(args.weights):
         raise UserError("give --run, a folder of pretrain.py, or --weights, a file of ViT weights")
     if args.run and (args.heads or args.mean or args.std):
@@ -71,6 +75,7 @@ def read_config(argv):
 # ==== backbone ====================================================================================
 class Backbone:
     """A frozen ViT with its normalisation. about: what is known of its training, for the report."""
+
     def __init__(self, model, mean, std, file, device, about):
         self.model = model.to(device).eval().requires_grad_(False)
         self.channels = model.patch_embed["proj"].in_channels
@@ -104,8 +109,13 @@ def load_run(folder, device):
         raise UserError(f"--run {folder}: no backbone.pth; finish the run with pretrain.py")
     config = c.read_json(Path(folder, "config.json"), {"arch", "channels", "mean", "std", "source"})
     summary = c.read_json(Path(folder, "summary.json"), {"seconds", "device"})
-    model = c.make_vit(config["arch"], config["patch_size"], img_size=config["global_size"],
-                       in_chans=config["channels"], registers=config["registers"])
+    model = c.make_vit(
+        config["arch"],
+        config["patch_size"],
+        img_size=config["global_size"],
+        in_chans=config["channels"],
+        registers=config["registers"],
+    )
     c.load_parts({"backbone": model}, {"backbone": c.load_checkpoint(file)})
     about = {"pretrain": config, "summary": summary}
     return Backbone(model, config["mean"], config["std"], file, device, about)
@@ -122,7 +132,7 @@ def central_crop(image, resize, size):
     x = c.resize(image, resize * H // short, resize * W // short)
     top = (x.shape[1] - size) // 2
     left = (x.shape[2] - size) // 2
-    return x[:, top:top + size, left:left + size]
+    return x[:, top : top + size, left : left + size]
 
 
 def crop_views(args, image, views, path):
@@ -146,7 +156,9 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
         return images if denoiser else crops_of(chunk, images)
 
     def crops_of(chunk, images):  # (1 + views, B, C, S, S)
-        crops = [crop_views(args, x, views, folder.paths[i]) for i, x in zip(chunk, images, strict=True)]
+        crops = [
+            crop_views(args, x, views, folder.paths[i]) for i, x in zip(chunk, images, strict=True)
+        ]
         return torch.stack(crops, 1)
 
     def embed(chunk, crops):  # (1 + views, CHUNK, 5, D), zeros beyond the images
@@ -172,13 +184,17 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
             features += blocks
     if rank > 0:
         return None
-    return torch.cat(features, 1)[:, :len(folder)]
+    return torch.cat(features, 1)[:, : len(folder)]
 
 
 # ==== linear probe: the 52 heads of DINOv2's protocol =============================================
 RATES = [k * 10.0**n for n in range(-5, -1) for k in (1, 2, 5)] + [0.1]  # 13; times batch / 256
-INPUTS = {"1 block": [0], "1 block + patches": [0, 4], "4 blocks": [0, 1, 2, 3],
-          "4 blocks + patches": [0, 1, 2, 3, 4]}  # the tokens that the heads see
+INPUTS = {
+    "1 block": [0],
+    "1 block + patches": [0, 4],
+    "4 blocks": [0, 1, 2, 3],
+    "4 blocks + patches": [0, 1, 2, 3, 4],
+}  # the tokens that the heads see
 
 
 def head_logits(x, tokens, weight, bias):
@@ -246,7 +262,7 @@ def linear_probe(x, y, classes, args, device="cpu"):
         score, k = accuracy(x[0, held], y[held], tokens, weight, bias).max(0)
         if best is None or score > best["held_out"]:
             best = {"head": name, "rate": RATES[k], "held_out": score.item()}
-            head = tokens, weight[:, k:k + 1], bias[k:k + 1]
+            head = tokens, weight[:, k : k + 1], bias[k : k + 1]
     return head, best
 
 
@@ -299,8 +315,9 @@ def read_labels(train, val):
         raise UserError(f"{val.data}/val/{unknown[0]}: class unknown to train; both need the same")
     y, val_y = (torch.tensor([number[k] for k in f.labels()]) for f in (train, val))
     if y.bincount().max() < 2:
-        raise UserError(f"{train.data}/train: no class has two images; the head is chosen on a "
-                        "held-out tenth")
+        raise UserError(
+            f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth"
+        )
     return names, y, val_y
 
 
@@ -312,8 +329,9 @@ def sweep_specs(spec):
     first, *others = (sum(levels) / 2 for levels in ranges)
     for strength in (0.25, 0.5, 0.75, 1, 1.5, 2):
         level = min(first / strength if model.inverse else first * strength, model.most)
-        specs[strength] = name + ",".join(f"{v:.6f}".rstrip("0").rstrip(".")
-                                          for v in (level, *others))
+        specs[strength] = name + ",".join(
+            f"{v:.6f}".rstrip("0").rstrip(".") for v in (level, *others)
+        )
     return specs
 
 
@@ -322,7 +340,9 @@ def open_folder(args, backbone, split, spec, denoised=""):
     known = backbone.channels if split == "val" else None  # grey val images may serve as colour
     folder = c.Folder(args.data, split, spec, args.noise_seed, denoised, known)
     if folder.channels != backbone.channels:
-        raise UserError(f"{args.data}: {folder.channels} channels, the backbone has {backbone.channels}")
+        raise UserError(
+            f"{args.data}: {folder.channels} channels, the backbone has {backbone.channels}"
+        )
     return folder
 
 
@@ -357,24 +377,48 @@ def evaluate(args, device, saved):
 
     def figures(z, prefix):
         z = z[0]
-        return {f"{prefix}linear": accuracy(z, val_y, *head).item(),
-                f"{prefix}knn": knn(x[0, :, 0], y, z[:, 0], val_y, len(names)),
-                f"{prefix}map": retrieval_map(z[:, 0], val_y)}
+        return {
+            f"{prefix}linear": accuracy(z, val_y, *head).item(),
+            f"{prefix}knn": knn(x[0, :, 0], y, z[:, 0], val_y, len(names)),
+            f"{prefix}map": retrieval_map(z[:, 0], val_y),
+        }
 
-    result = {**figures(val_x, ""), "chosen": chosen, "classes": len(names), "train": len(y), "val": len(val_y)}
+    result = {
+        **figures(val_x, ""),
+        "chosen": chosen,
+        "classes": len(names),
+        "train": len(y),
+        "val": len(val_y),
+    }
     if tests:
         result |= figures(tests[0], "clean_")
         result["cosine"] = F.cosine_similarity(val_x[0, :, 0], tests[0][0, :, 0]).mean().item()
-        result["sweep"] = [{"strength": k, "noise": specs[k], "linear": accuracy(z[0], val_y, *head).item()}
-                           for k, z in tests.items()]
+        result["sweep"] = [
+            {"strength": k, "noise": specs[k], "linear": accuracy(z[0], val_y, *head).item()}
+            for k, z in tests.items()
+        ]
     return {**result, "seconds": c.now() - started, "config": vars(args), **of}
 
 
 # ==== report: tables ==============================================================================
-COLORS = {"random": "#888888", "noisy": "#d62728", "nc": "#ff9f1c", "nct": "#2ca02c",
-          "denoised": "#1f77b4", "clean": "#9467bd"}  # in the order of the table
-COLUMNS = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN", "map": "retrieval mAP",
-           "cosine": "cosine noisy-clean", "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
+COLORS = {
+    "random": "#888888",
+    "noisy": "#d62728",
+    "nc": "#ff9f1c",
+    "nct": "#2ca02c",
+    "denoised": "#1f77b4",
+    "clean": "#9467bd",
+}  # in the order of the table
+COLUMNS = {
+    "linear": "linear",
+    "clean_linear": "linear, clean val",
+    "knn20": "20-NN",
+    "map": "retrieval mAP",
+    "cosine": "cosine noisy-clean",
+    "minutes": "minutes",
+    "images_s": "images/s",
+    "peak_gb": "peak GB",
+}
 
 
 def spread(values, digits=1):
@@ -414,25 +458,40 @@ def report(out):
         runs = list(runs.values())
         results += runs
         digits = {"cosine": 2, "peak_gb": 2}
-        rows.append([arm, str(len(runs)), *(spread([r.get(k) for r in runs], digits.get(k, 1)) for k in COLUMNS)])
+        rows.append(
+            [
+                arm,
+                str(len(runs)),
+                *(spread([r.get(k) for r in runs], digits.get(k, 1)) for k in COLUMNS),
+            ]
+        )
         if "sweep" in runs[0]:
             points = zip(*(r["sweep"] for r in runs), strict=True)
             sweeps.append([arm, *(spread([p["linear"] for p in point]) for point in points)])
     first = max(results, key=lambda r: "sweep" in r)
     figures = table(["arm", "seeds", *COLUMNS.values()], rows)
-    text = [f"# {out.name}", "",
-            f"{first['classes']} classes, {first['train']} training and {first['val']} validation images, noise "
-            f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, "
-            "on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is selected on "
-            "val. `denoised` needs its denoiser at test time; `clean` is tested on clean images.", "", *figures, ""]
+    text = [
+        f"# {out.name}",
+        "",
+        f"{first['classes']} classes, {first['train']} training and {first['val']} validation images, noise "
+        f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, "
+        "on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is selected on "
+        "val. `denoised` needs its denoiser at test time; `clean` is tested on clean images.",
+        "",
+        *figures,
+        "",
+    ]
     if sweeps:
         header = ["arm", *(point["noise"] for point in first["sweep"])]
         text += ["Linear probe tested at other noise levels:", "", *table(header, sweeps), ""]
     quality = out / "denoiser" / "quality.json"
     if quality.exists() and sweeps:
         q = c.read_json(quality, {"noisy_clean"})
-        text += [f"Denoiser: PSNR against clean {q['noisy_clean']:.2f} dB noisy, {q['denoised_clean']:.2f} denoised; "
-                 f"against E[noisy | clean] {q['noisy_expected']:.2f} and {q['denoised_expected']:.2f} dB.", ""]
+        text += [
+            f"Denoiser: PSNR against clean {q['noisy_clean']:.2f} dB noisy, {q['denoised_clean']:.2f} denoised; "
+            f"against E[noisy | clean] {q['noisy_expected']:.2f} and {q['denoised_expected']:.2f} dB.",
+            "",
+        ]
     for name, picture in pictures(out, arms, first["config"]).items():
         picture.save(out / f"{name}.png")
         text.append(f"![{name}]({name}.png)")
@@ -442,8 +501,14 @@ def report(out):
 
 
 # ==== report: pictures ============================================================================
-PANELS = {"dino": "DINO loss", "ibot": "iBOT loss", "anchor_dino": "anchor loss (DINO part)",
-          "entropy": "teacher entropy, nats", "kl": "KL teacher to student", "rank": "effective rank"}
+PANELS = {
+    "dino": "DINO loss",
+    "ibot": "iBOT loss",
+    "anchor_dino": "anchor loss (DINO part)",
+    "entropy": "teacher entropy, nats",
+    "kl": "KL teacher to student",
+    "rank": "effective rank",
+}
 
 
 def pictures(out, arms, config):

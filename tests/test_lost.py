@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -722,4 +721,3 @@ def test_config_files_are_json_of_what_was_asked_for(base):
     assert config["data"] == str(base / "data")
     assert config["files"].startswith("12 images of 3 channels, ")
     assert config["source"] == "noisy" and config["anchor"] == 1
-    assert signal.getsignal(signal.SIGTERM) is not common.leave
