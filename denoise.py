@@ -61,6 +61,9 @@ STATE = {"model", "optimizer", "scaler", "position", "config"}  # what a checkpo
 def read_config(argv):
     """(command, its flags). Raises UserError."""
     command = argv[0] if argv else ""
+    if command in ("-h", "--help"):
+        print(__doc__)
+        sys.exit()
     if command == "train":
         training = {"train": TRAIN_FLAGS, "running": c.RUNNING_FLAGS | c.TRAINING_FLAGS}
         groups, presets = {"data": c.DATA_FLAGS, **training}, PRESETS
