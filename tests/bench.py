@@ -1,123 +1,196 @@
-"""How long the parts of a pretraining step take, on one thread of a CPU.
+"""How long each part of the three stages takes on a CPU, in milliseconds or images a second.
 
-    python tests/bench.py --data DIR [--preset tiny] [--noise gauss100] [--repeats 5] [--out FILE.json]
+    python tests/bench.py --data DIR [--preset tiny] [--noise gauss100] [--out FILE.json]
 
-Prints the median milliseconds of every part, the images per second of the data path (decode, noise,
-crops) and of the whole step, and the share of the machine's own matrix rate that the step reaches.
-Timings of one machine differ from minute to minute: compare two commits in turns, not in two days.
+A figure is the median of --repeats calls. A machine's speed changes from minute to minute: what is
+compared is called in turns, and a ratio is the median over pairs.
 """
 
-import argparse
 import datetime
-import json
+import os
 import platform
-import statistics
+import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common as c
+import denoise
 import pretrain
+import probe
 
-CPU = torch.device("cpu")
+PRESETS = dict.fromkeys(["demo", "tiny", "imagenet100"], {})  # the stages have the values
+FLAGS = {
+    "data": ("", "any folder of images, of which a batch is used"),
+    "noise": ("gauss100", "as in the stages"),
+    "batch_size": (0, "of pretraining; 0: the preset's"),
+    "repeats": (5, "calls of each part; turns of --against"),
+    "threads": (1, "of everything but a worker, which has one"),
+    "out": ("none", "JSON file for figures, hardware and command; none: no file"),
+    "against": ("", "another checkout, whose bench.py is run in turns with this one"),
+}
 
+def in_turns(repeats, parts):
+    """{part: milliseconds of every call} of {part: function}; the first calls only warm up."""
+    times = {part: [] for part in parts}
+    for _ in range(1 + repeats):
+        for part, function in parts.items():
+            started = c.now()
+            function()
+            times[part].append(1000 * (c.now() - started))
+    return {part: row[1:] for part, row in times.items()}
 
-def median_ms(function, repeats):
-    function()  # warm
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return 1000 * statistics.median(times)
+def medians(times):
+    return {f"{part}, ms": median(row) for part, row in times.items()}
 
+def median_ratio(above, below):
+    return median(a / b for a, b in zip(above, below, strict=True))
 
-def block_flops(vit, tokens):
-    """Floating-point operations of the matrix products of all blocks, for one image's tokens."""
-    dim, depth = vit.embed_dim, len(vit.blocks)
-    weights = 12 * dim * dim  # qkv 3, projection 1, MLP 8
-    attention = 2 * tokens * dim
-    return 2 * depth * tokens * (weights + attention)
+def vit_flops(run, crops):
+    """Of the ViT's matrix products in a step; the head's are left out."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for x in crops:  # one tensor a size
+            run.network.backbone(x).sum().backward()
+        with torch.no_grad():
+            run.teacher.backbone(crops[0])
+    return counter.get_total_flops()
 
-
-def step_flops(args, vit, batch):
-    """Of one step without a head: the student's passes count three times, the teacher's once."""
-    large = 1 + (args.global_size // args.patch_size) ** 2
-    small = 1 + (args.local_size // args.patch_size) ** 2
-    student = 2 * block_flops(vit, large) + args.local_crops * block_flops(vit, small)
-    return batch * (3 * student + 2 * block_flops(vit, large))
-
-
-def measure(data, preset, noise, repeats, batch=0):
-    """{part: milliseconds or a rate}."""
-    flags = ["--preset", preset, "--data", data, "--noise", noise, "--out", "none"]
+# ==== pretraining =================================================================================
+def pretraining(options, flags, folder):
     args = pretrain.read_config(flags)
-    folder = c.Folder(data, "train", noise)
-    batch = min(batch or args.batch_size, len(folder))
+    args.anchor = 1.0  # a run with an anchor, which step() puts aside for NC
+    run = pretrain.Run(args, folder.channels, torch.device("cpu"))
+    anchor, batch = run.anchor, min(options.batch_size or args.batch_size, len(folder))
     indices = list(range(batch))
-    run = pretrain.Run(args, folder.channels, CPU)
+    folder.memory["denoised"] = [folder.read(i, "clean") for i in indices]  # stand-ins
     mean = std = torch.full((folder.channels, 1, 1), 0.5)
 
-    def make():
-        return pretrain.make_batch(args, folder, ["noisy"], slice(0, batch), 0, 0, indices)
+    def make(*sources):
+        return pretrain.make_batch(args, folder, sources, slice(0, batch), 0, 0, indices)
 
-    def crop():
-        return pretrain.make_crops(made, ["noisy"], mean, std)
+    def color(*sources):
+        return pretrain.make_crops(data, sources, mean, std)
 
     def teacher():
-        return run.teacher.targets(crops["noisy"][0], made["picked"], 0.04)
+        return run.teacher.targets(crops[0], data["picked"], args.teacher_temp)
 
-    def losses():
-        return pretrain.step_losses(args, run, crops, made, 0.04)[0]["total"]
+    def student():
+        logits, patch_logits, cls = run.student(crops, data["picked"], data["masks"])
+        pretrain.distillation(logits, patch_logits, targets, data["masks"], data["picked"])
+        for view in cls.chunk(2):
+            pretrain.global_koleo(view)
+
+    def step(anchor, *sources):
+        run.anchor = anchor
+        values = pretrain.schedules(args, 1, 100, batch)
+        losses, *_ = pretrain.step_losses(args, run, color(*sources), data, values["temp"])
+        run.update(losses["total"], values)
+
+    data = make("noisy", "denoised")
+    crops = color("noisy")["noisy"]
+    targets, matrix = teacher(), torch.randn(2048, 2048)
+    torch.set_num_threads(1)  # as in a worker
+    work = in_turns(options.repeats, {"worker: decode + noise + crops": lambda: make("noisy")})
+    torch.set_num_threads(options.threads)
+    times = work | in_turns(options.repeats, {
+        "colour operations": lambda: color("noisy"),
+        "teacher": teacher,
+        "student forward + losses": student,
+        "whole step (NC)": lambda: step(None, "noisy"),
+        "whole step (NCT)": lambda: step(anchor, "noisy", "denoised"),
+        "matrix product": lambda: matrix @ matrix,
+    })
+    figures = medians(times)
+    for part in ("worker: decode + noise + crops", "whole step (NC)"):
+        figures[f"{part}, images/s"] = 1000 * batch / figures[f"{part}, ms"]
+    nc, products = times["whole step (NC)"], times["matrix product"]
+    figures["step of NCT / step of NC"] = median_ratio(times["whole step (NCT)"], nc)
+    work = vit_flops(run, crops) / (2 * len(matrix) ** 3)  # in such products
+    figures["ViT, share of the matrix product's rate"] = median_ratio(products, nc) * work
+    return figures
+
+# ==== the other stages ============================================================================
+def denoising(options, flags, folder):
+    """A step of Neighbor2Neighbor on patches that are cut already."""
+    _, args = denoise.read_config(["train", *flags])
+    patch, depth = denoise.patch_plan(folder.shapes[:, :2], args.patch)
+    model = denoise.UNet(folder.channels, args.width, depth, args.init_scale)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    rng, images = c.generator(0), range(min(args.batch_size, len(folder)))
+    y = torch.stack([denoise.cut_patch(folder.read(i), patch, rng) for i in images]) / 255
+    y = y.contiguous(memory_format=torch.channels_last)
+    pairs = torch.stack([denoise.draw_pairs(patch, patch, rng) for _ in images])
 
     def step():
-        values = pretrain.schedules(args, 1, 100, batch)
-        total = pretrain.step_losses(args, run, crop(), made, values["temp"])[0]["total"]
-        run.update(total, values)
+        optimizer.zero_grad(set_to_none=True)
+        sum(denoise.n2n_losses(model, y, pairs, args.ramp)).backward()
+        optimizer.step()
 
-    made = make()
-    crops = crop()
-    matrix = torch.randn(2048, 2048)
-    result = {
-        "decode, noise, crops": median_ms(make, repeats),
-        "colour operations": median_ms(crop, repeats),
-        "teacher": median_ms(teacher, repeats),
-        "losses, forward": median_ms(losses, repeats),
-        "step": median_ms(step, repeats),
-    }
-    rate = 2 * 2048**3 / median_ms(lambda: matrix @ matrix, repeats)  # operations a millisecond
-    result["data path, images/s"] = 1000 * batch / result["decode, noise, crops"]
-    result["step, images/s"] = 1000 * batch / result["step"]
-    result["share of the matrix rate"] = (
-        step_flops(args, run.network.backbone, batch) / result["step"] / rate)
-    return result
+    return medians(in_turns(options.repeats, {f"denoiser step, {len(y)} x {patch} px": step}))
 
+def heads(options, flags):
+    """Twenty steps of all 52 linear heads on random features of the preset's width."""
+    args = probe.read_config([*flags, "--run", "none"])
+    args.iterations = 20
+    width = c.make_vit(pretrain.read_config(flags).arch).embed_dim
+    x, y = torch.randn(1, 1000, 5, width), torch.arange(1000) % 10  # (views, images, tokens, D)
+
+    def train():
+        for tokens in probe.INPUTS.values():
+            probe.train_heads(x, y, 10, tokens, args, torch.arange(1000))
+
+    return medians(in_turns(options.repeats, {"52 heads, 10 classes, 20 steps": train}))
+
+def measure(options):
+    """{part with its unit: figure}."""
+    torch.set_num_threads(options.threads)
+    flags = ["--out=none", f"--data={options.data}", f"--noise={options.noise}",
+             f"--preset={options.preset}"]
+    folder = c.Folder(options.data, "train", options.noise)
+    figures = denoising(options, flags, folder) | heads(options, flags)
+    return pretraining(options, flags, folder) | figures
+
+# ==== two checkouts, main =========================================================================
+def against(options):
+    """{part: figure of this checkout / of the other one: each turn, then min, median, max}."""
+    ratios = {}
+    for _ in range(options.repeats):
+        pair = []
+        for script in (__file__, Path(options.against, "tests/bench.py")):
+            with tempfile.NamedTemporaryFile() as out:
+                flags = [*sys.argv[1:], "--against", "", "--out", out.name]  # the last one counts
+                subprocess.run([sys.executable, script, *flags], check=True, stdout=sys.stderr)
+                pair.append(c.read_json(Path(out.name), {"figures"})["figures"])
+        for name, figure in pair[0].items():
+            ratios.setdefault(name, []).append(figure / pair[1][name])
+    return {name: [*r, min(r), median(r), max(r)] for name, r in ratios.items()}
+
+def read_options(argv=None):
+    return c.read_flags(argv, __doc__, PRESETS, {"bench": FLAGS}, positive=("repeats", "threads"))
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--noise", default="gauss100")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the preset's")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", default="")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    figures = measure(args.data, args.preset, args.noise, args.repeats, args.batch_size)
-    for name, value in figures.items():
-        print(f"{name:26} {value:9.2f}")
-    if args.out:
-        about = {"date": str(datetime.date.today()), "torch": torch.__version__,
-                 "machine": platform.processor() or platform.machine(), "threads": args.threads,
-                 "preset": args.preset, "noise": args.noise}
-        Path(args.out).write_text(json.dumps({**about, **figures}, indent=1) + "\n")
-
+    options = read_options()
+    figures = against(options) if options.against else measure(options)
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and "model name" in info.read_text():
+        cpu = info.read_text().split("model name\t: ")[1].splitlines()[0]
+    about = {"date": str(datetime.date.today()), "cpu": cpu, "cores": c.cores,
+             "threads": options.threads, "torch": torch.__version__,
+             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""), "command": " ".join(sys.argv)}
+    print(about)
+    for name, figure in figures.items():
+        values = figure if options.against else [figure]
+        print(f"{name:44}", *(f"{value:9.3f}" for value in values))
+    if options.out != "none":
+        c.write_json(Path(options.out), {**about, "figures": figures})
 
 if __name__ == "__main__":
-    main()
+    c.run(main)
