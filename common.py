@@ -6,6 +6,7 @@ patches. The method is "Ditch the Denoiser" (arXiv 2505.12191) over DINOv2 (arXi
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import inspect
@@ -194,6 +195,11 @@ def read_image(path, header=False):
     return x[:, :, None] if x.ndim == 2 else x
 
 
+def read_shape(path):
+    """(H, W, C) of one file, decoded only where its header does not do. Raises UserError."""
+    return read_image(path, header=True).shape
+
+
 def read_array(path):
     with open(path, "rb") as file:
         x = np.lib.format.read_array(file, allow_pickle=False)
@@ -266,7 +272,7 @@ class Folder:
     """
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None):
         parse_noise(spec)  # a bad spec is named first
-        self.data, self.name, self.spec, self.seed = Path(data), f"{split} {spec}", spec, seed
+        self.data, self.split, self.spec, self.seed = Path(data), split, spec, seed
         if not self.data.is_dir():
             raise UserError(f"--data {data}: no such folder")
         root = self.data / split
@@ -280,10 +286,11 @@ class Folder:
                             ".npy or the like in it")
         self.memory, self.denoised = {}, None  # images by source, where they are kept in memory
         self.checked = self.spread(CHECKED)
-        self.shapes = np.array(parallel(self.header, self.checked, "check"))  # (checked, 3): H, W, C
+        files = [self.data / self.paths[i] for i in self.checked]
+        self.shapes = np.array(parallel(read_shape, files, "check"))  # (checked, 3): H, W, C
         self.channels = channels or int(self.shapes[:, 2].max())
-        for i, shape in zip(self.checked, self.shapes, strict=True):
-            self.check(self.data / self.paths[i], shape)
+        for file, shape in zip(files, self.shapes, strict=True):
+            self.check(file, shape)
         if denoised:
             self.denoised = self.match(Path(denoised))
 
@@ -293,9 +300,6 @@ class Folder:
     def spread(self, most):
         """Indices of up to `most` images, spread evenly over the sorted list."""
         return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)).tolist()
-
-    def header(self, i):
-        return read_image(self.data / self.paths[i], header=True).shape
 
     def check(self, path, shape):
         """Raises UserError unless an image of this shape (H, W, C) has the channels of this set."""
@@ -316,8 +320,8 @@ class Folder:
             raise UserError(f"{root}: {len(missing)} of {len(self)} denoised images are missing, "
                             f"{missing[0]} first; denoise.py apply makes those that are missing")
         files = [found[stem] for stem in stems]
-        for i, shape in zip(self.checked, self.shapes, strict=True):
-            seen = read_image(files[i], header=True).shape
+        shapes = parallel(read_shape, [files[i] for i in self.checked], "check")
+        for i, shape, seen in zip(self.checked, self.shapes, shapes, strict=True):
             if seen[:2] != tuple(shape[:2]):
                 raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is {tuple(shape.tolist())} "
                                 "(height, width, channels)")
@@ -350,6 +354,12 @@ class Folder:
         if noisy:
             x = add_noise(x, self.spec, self.paths[i], self.seed)
         return to_uint8(x).permute(2, 0, 1)
+
+    def under(self, spec):
+        """The same images under other synthetic noise; no file is looked at again."""
+        other = copy.copy(self)
+        other.spec, other.memory = spec, {}
+        return other
 
     def copies(self, i, sources):
         """Image i from several sources, of one size. Raises UserError."""

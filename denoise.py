@@ -456,7 +456,7 @@ def apply_split(args, model, folder, split, device, context):
 
     def missing(i):  # or broken: a crash of the machine may have left anything
         try:
-            c.read_image(targets[i], header=True)
+            c.read_shape(targets[i])
         except UserError:
             return i
 

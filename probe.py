@@ -81,6 +81,8 @@ class Backbone:
         self.channels = model.patch_embed["proj"].in_channels
         if not len(mean) == len(std) == self.channels:
             raise UserError(f"--mean, --std: must have {self.channels} values, one a channel")
+        for name in c.not_finite(model.state_dict()):
+            raise UserError(f"{file}: {name} is not finite")
         self.mean, self.std = torch.tensor([mean, std], device=device)[..., None, None]
         self.about = {**about, "backbone": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
@@ -175,7 +177,7 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
     made = c.prefetch(read, mine, torch.device("cpu") if denoiser else device, args.workers)
     features = []
     rounds = range(0, len(chunks), size)
-    for start in tqdm(rounds, f"embed {folder.name}", leave=False, disable=rank > 0 or None):
+    for start in tqdm(rounds, f"embed {folder.split} {folder.spec}", leave=False, disable=rank > 0 or None):
         block = torch.zeros(1 + views, CHUNK, 5, backbone.model.embed_dim)
         if start + rank < len(chunks):
             block = embed(chunks[start + rank], next(made))
@@ -335,10 +337,10 @@ def sweep_specs(spec):
     return specs
 
 
-def open_folder(args, backbone, split, spec, denoised=""):
+def open_folder(args, backbone, split):
     """A split of the images, of the backbone's channels. Raises UserError."""
     known = backbone.channels if split == "val" else None  # grey val images may serve as colour
-    folder = c.Folder(args.data, split, spec, args.noise_seed, denoised, known)
+    folder = c.Folder(args.data, split, args.noise, args.noise_seed, args.denoised, known)
     if folder.channels != backbone.channels:
         raise UserError(
             f"{args.data}: {folder.channels} channels, the backbone has {backbone.channels}"
@@ -355,8 +357,7 @@ def evaluate(args, device, saved):
         raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {patch}")
     if args.denoiser:
         denoiser, _ = denoise.load_denoiser(args.denoiser, device)
-    train = open_folder(args, backbone, "train", args.noise, args.denoised)
-    val = open_folder(args, backbone, "val", args.noise, args.denoised)
+    train, val = (open_folder(args, backbone, split) for split in ("train", "val"))
     of = {"files": [train.fingerprint(), val.fingerprint()], **backbone.about}
     if of.items() <= saved.items():
         c.say(f"{args.out}: complete, nothing to do")
@@ -369,8 +370,10 @@ def evaluate(args, device, saved):
     val_x = embed_folder(args, backbone, val, source, device)
     tests = {}
     for strength, spec in specs.items():  # through the denoised arm's own denoiser
-        folder = open_folder(args, backbone, "val", spec)
-        tests[strength] = embed_folder(args, backbone, folder, "noisy", device, denoiser=denoiser)
+        tests[strength] = val_x
+        if denoiser or spec != args.noise:
+            other = val.under(spec)
+            tests[strength] = embed_folder(args, backbone, other, "noisy", device, denoiser=denoiser)
     if x is None:
         return None
     head, chosen = linear_probe(x, y, len(names), args, device)

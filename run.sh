@@ -142,7 +142,7 @@ left() {  # about how long the stages from here on take, by the last one of the 
   echo ", about $((seconds / 60 + 1)) min left"
 }
 stage() {  # title, command: run it; or, while the stages are counted, only remember its kind, the title's first word
-  local title=$1 kind=${1%% *} began=$SECONDS code=0
+  local title=$1 kind=${1%% *} began=$SECONDS
   shift
   if [ -n "$counting" ]; then kinds+=("$kind") total=$((total + 1)); return; fi
   [ -z "$stopped" ] || exit 75
@@ -246,5 +246,5 @@ if command -v flock >/dev/null; then  # a process left by a killed run may still
   flock -n 9 || { echo "waiting for another run in $out"; run flock 9; }
 fi
 commands=$out/commands.log
-counting=yes; all_stages
-counting=''; all_stages
+# one line, which bash has read whole: the script may be edited while a chain runs
+counting=yes; all_stages; counting=''; all_stages; exit

@@ -580,7 +580,7 @@ def test_each_image_goes_through_the_backbone_once_per_view_and_test_noise(small
 
     monkeypatch.setattr(probe.Backbone, "embed", watched)
     probed(small.data, "--run", small.run, "--views", 2, *NOISE)
-    train, val = 36 * 3, 24 * (1 + 7)  # val as it is and under each noise of the sweep
+    train, val = 36 * 3, 24 * 7  # val under each noise of the sweep, its own among them
     assert sum(seen) == train + val
 
 
@@ -866,6 +866,22 @@ def test_a_class_of_two_images_is_needed(small, said):
 def test_unfinished_runs_are_refused(small):
     with pytest.raises(UserError, match="nowhere: no backbone.pth; finish the run"):
         probed(small.data, "--run", "nowhere")
+
+
+def test_weights_that_are_not_finite_are_refused(small):
+    shutil.copytree(small.run, "broken")
+    weights = torch.load("broken/backbone.pth")
+    weights["norm.bias"][0] = float("nan")
+    torch.save(weights, "broken/backbone.pth")
+    with pytest.raises(UserError, match="broken/backbone.pth: norm.bias is not finite"):
+        probed(small.data, "--run", "broken")
+
+
+def test_sweep_looks_at_the_headers_of_val_once(small, monkeypatch):
+    seen, read_shape = [], common.read_shape
+    monkeypatch.setattr(common, "read_shape", lambda path: seen.append(path) or read_shape(path))
+    probed(small.data, "--run", small.run, *NOISE)
+    assert len(seen) == len(set(seen)) == 36 + 24
 
 
 def test_grey_images_for_a_backbone_of_colour_are_refused(small):
