@@ -1,5 +1,4 @@
-"""Stage 3: what a frozen backbone is worth on noisy images: linear probe, k-NN, retrieval,
-robustness; the report.
+"""Stage 3: what a frozen backbone is worth on noisy images: linear probe, k-NN, retrieval, robustness; the report.
 
     python probe.py --preset tiny --data DIR --noise gauss100 --run OUT/nct --out OUT/nct.json
     python probe.py --preset imagenet1k --data DIR --noise gauss255 --weights FILE --out FILE.json
@@ -27,13 +26,9 @@ import common as c
 import denoise
 from common import UserError
 
-PRESETS = {
-    "demo": {"iterations": 2000, "img_size": 64, "resize": 64},
-    "tiny": {"iterations": 2000, "img_size": 64, "resize": 64},
-    "imagenet100": {"views": 10},
-    "imagenet1k": {"views": 4},
-}
-IMAGES_FLAGS = {
+SMALL = {"iterations": 2000, "img_size": 64, "resize": 64}
+PRESETS = {"demo": SMALL, "tiny": SMALL, "imagenet100": {"views": 10}, "imagenet1k": {"views": 4}}
+PROBE_FLAGS = {
     "run": ("", "folder of a finished run: backbone.pth, config.json, summary.json"),
     "weights": ("", "instead of --run: a file of ViT weights, whose shapes tell the architecture"),
     "heads": (0, "with --weights: attention heads; 0: as usual for the width"),
@@ -41,8 +36,6 @@ IMAGES_FLAGS = {
     "std": ([], "with --weights: of its normalisation; if not given, ImageNet's"),
     "denoised": ("", "probe on these denoised images instead of the noisy ones (arm denoised)"),
     "denoiser": ("", "with --denoised: what clean and other test images go through"),
-}
-PROTOCOL_FLAGS = {
     "seed": (0, "of held-out images, heads and views"),
     "img_size": (224, "pixels that the backbone sees"),
     "resize": (256, "short side before the central crop of --img_size"),
@@ -50,17 +43,11 @@ PROTOCOL_FLAGS = {
     "iterations": (12500, "steps of the linear heads"),
     "batch_size": (128, "of the linear heads"),
 }
-GROUPS = {
-    "data": c.DATA_FLAGS | IMAGES_FLAGS,
-    "protocol": PROTOCOL_FLAGS,
-    "running": c.RUNNING_FLAGS,
-}
+GROUPS = {"data": c.DATA_FLAGS, "probe": PROBE_FLAGS, "running": c.RUNNING_FLAGS}
 
 
 def read_config(argv):
-    args = c.read_flags(
-        argv, __doc__, PRESETS, GROUPS, positive=("iterations", "batch_size", "img_size")
-    )
+    args = c.read_flags(argv, __doc__, PRESETS, GROUPS, positive=("iterations", "batch_size", "img_size"))
     if bool(args.run) == bool(args.weights):
         raise UserError("give --run, a folder of pretrain.py, or --weights, a file of ViT weights")
     if args.run and (args.heads or args.mean or args.std):
@@ -79,18 +66,20 @@ class Backbone:
     def __init__(self, model, mean, std, file, device, about):
         self.model = model.to(device).eval().requires_grad_(False)
         self.channels = model.patch_embed["proj"].in_channels
-        if not len(mean) == len(std) == self.channels:
+        if {len(mean), len(std)} != {self.channels}:
             raise UserError(f"--mean, --std: must have {self.channels} values, one a channel")
         for name in c.not_finite(model.state_dict()):
             raise UserError(f"{file}: {name} is not finite")
         self.mean, self.std = torch.tensor([mean, std], device=device)[..., None, None]
         self.about = {**about, "backbone": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
-    @torch.no_grad()
+    def last_layers(self, crops, n):  # the ViT's, of uint8 crops (B, C, S, S)
+        return self.model.last_layers((crops / 255 - self.mean) / self.std, n)
+
     def embed(self, crops):
         """uint8 crops (B, C, S, S) to (B, 5, D) float32: the class tokens of the last 4 blocks, the last first (with
         fewer blocks the first is repeated); the last block's mean patch token."""
-        layers = self.model.last_layers((crops / 255 - self.mean) / self.std, 4)
+        layers = self.last_layers(crops, 4)
         tokens = [layer["cls"] for layer in layers]
         tokens += tokens[-1:] * (4 - len(tokens))
         return torch.stack([*tokens, layers[0]["patches"].mean(1)], 1).float()
@@ -100,7 +89,8 @@ def load_backbone(args, device):
     """The backbone of --run or --weights. Raises UserError."""
     if args.run:
         return load_run(args.run, device)
-    mean, std = args.mean or [0.485, 0.456, 0.406], args.std or [0.229, 0.224, 0.225]
+    mean = args.mean or [0.485, 0.456, 0.406]
+    std = args.std or [0.229, 0.224, 0.225]
     return Backbone(c.vit_of(args.weights, args.heads), mean, std, args.weights, device, {})
 
 
@@ -109,18 +99,12 @@ def load_run(folder, device):
     file = Path(folder, "backbone.pth")
     if not file.exists():
         raise UserError(f"--run {folder}: no backbone.pth; finish the run with pretrain.py")
-    config = c.read_json(Path(folder, "config.json"), {"arch", "channels", "mean", "std", "source"})
-    summary = c.read_json(Path(folder, "summary.json"), {"seconds", "device"})
-    model = c.make_vit(
-        config["arch"],
-        config["patch_size"],
-        img_size=config["global_size"],
-        in_chans=config["channels"],
-        registers=config["registers"],
-    )
+    config = c.read_json(f"{folder}/config.json", {"arch", "channels", "mean", "std", "source"})
+    summary = c.read_json(f"{folder}/summary.json", {"seconds", "device"})
+    model = c.make_vit(config["arch"], config["patch_size"], img_size=config["global_size"],
+                       in_chans=config["channels"], registers=config["registers"])
     c.load_parts({"backbone": model}, {"backbone": c.load_checkpoint(file)})
-    about = {"pretrain": config, "summary": summary}
-    return Backbone(model, config["mean"], config["std"], file, device, about)
+    return Backbone(model, config["mean"], config["std"], file, device, {"pretrain": config, "summary": summary})
 
 
 # ==== features: each image goes through the backbone once per view ================================
@@ -129,12 +113,9 @@ CHUNK = 64  # consecutive images that are embedded together, the same in any num
 
 def central_crop(image, resize, size):
     """uint8 (C, H, W): the short side resized to `resize`, then the centre (C, size, size)."""
-    _, H, W = image.shape
-    short = min(H, W)
-    x = c.resize(image, resize * H // short, resize * W // short)
-    top = (x.shape[1] - size) // 2
-    left = (x.shape[2] - size) // 2
-    return x[:, top : top + size, left : left + size]
+    H, W = (resize * side // min(image.shape[1:]) for side in image.shape[1:])
+    top, left = (H - size) // 2, (W - size) // 2
+    return c.resize(image, H, W)[:, top:top + size, left:left + size]
 
 
 def crop_views(args, image, views, path):
@@ -153,99 +134,83 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
     rank, size = c.world()
     context, _ = c.autocast(device, args.amp)
 
-    def read(*chunk):  # by the workers
-        images = [folder.read(i, source) for i in chunk]
-        return images if denoiser else crops_of(chunk, images)
-
-    def crops_of(chunk, images):  # (1 + views, B, C, S, S)
-        crops = [
-            crop_views(args, x, views, folder.paths[i]) for i, x in zip(chunk, images, strict=True)
-        ]
+    def crop(chunk, images):  # (1 + views, B, C, S, S)
+        crops = [crop_views(args, x, views, folder.paths[i]) for i, x in zip(chunk, images, strict=True)]
         return torch.stack(crops, 1)
 
-    def embed(chunk, crops):  # (1 + views, CHUNK, 5, D), zeros beyond the images
-        if denoiser:
-            images = denoise.denoise_list(denoiser, crops, device, context=context)
-            crops = crops_of(chunk, images).to(device)
-        with context():
-            embedded = [backbone.embed(view) for view in crops]
-        embedded = torch.stack(embedded).cpu()
-        return F.pad(embedded, (0, 0, 0, 0, 0, CHUNK - len(chunk)))
+    def read(*chunk):  # by the workers
+        images = [folder.read(i, source) for i in chunk]
+        return images if denoiser else crop(chunk, images)
 
     chunks = [chunk.tolist() for chunk in torch.arange(len(folder)).split(CHUNK)]
+    chunks += chunks[-1:] * (-len(chunks) % size)  # as many for every process
     mine = chunks[rank::size]
-    made = c.prefetch(read, mine, torch.device("cpu") if denoiser else device, args.workers)
+    made = c.prefetch(read, mine, torch.device("cpu"), args.workers)
+    bar = tqdm(made, f"embed {folder.split} {folder.spec}", len(mine), leave=False, disable=rank > 0 or None)
     features = []
-    rounds = range(0, len(chunks), size)
-    for start in tqdm(rounds, f"embed {folder.split} {folder.spec}", leave=False, disable=rank > 0 or None):
-        block = torch.zeros(1 + views, CHUNK, 5, backbone.model.embed_dim)
-        if start + rank < len(chunks):
-            block = embed(chunks[start + rank], next(made))
+    for chunk, batch in zip(mine, bar, strict=True):
+        if denoiser:
+            batch = crop(chunk, denoise.denoise_list(denoiser, batch, device, context=context))
+        with context():
+            embedded = torch.stack([backbone.embed(view.to(device)) for view in batch]).cpu()
+        block = F.pad(embedded, (0, 0, 0, 0, 0, CHUNK - len(chunk)))  # (1 + views, CHUNK, 5, D)
         blocks = c.gather_rows(block[None])  # of all processes
         if rank == 0:
             features += blocks
-    if rank > 0:
-        return None
-    return torch.cat(features, 1)[:, : len(folder)]
+    return torch.cat(features, 1)[:, :len(folder)] if features else None
 
 
 # ==== linear probe: the 52 heads of DINOv2's protocol =============================================
-RATES = [k * 10.0**n for n in range(-5, -1) for k in (1, 2, 5)] + [0.1]  # 13; times batch / 256
-INPUTS = {
-    "1 block": [0],
-    "1 block + patches": [0, 4],
-    "4 blocks": [0, 1, 2, 3],
-    "4 blocks + patches": [0, 1, 2, 3, 4],
-}  # the tokens that the heads see
+RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]  # x batch / 256
+INPUTS = {"1 block": [0], "1 block + patches": [0, 4], "4 blocks": [0, 1, 2, 3],
+          "4 blocks + patches": [0, 1, 2, 3, 4]}  # tokens that the heads see
 
 
 def head_logits(x, tokens, weight, bias):
     """Logits (B, heads, classes) of features (B, 5, D); weight (F, heads, classes), bias (heads, classes)."""
-    flat = x[:, tokens].flatten(1).to(weight.device)  # (B, F)
-    return (flat @ weight.flatten(1)).unflatten(1, bias.shape) + bias
+    inputs = x[:, tokens].flatten(1).to(weight.device)  # (B, F)
+    return torch.tensordot(inputs, weight, 1) + bias
 
 
 def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
     """A linear head for each of RATES, all at once: SGD 0.9 without weight decay, cosine to 0.
 
     x (V, N, 5, D) features of V views, y (N,) classes, on the host; tokens: of the 5 those that the
-    heads see; keep: images to train on. Gives weight (F, rates, classes) and bias (rates, classes).
-    """
+    heads see; keep: images to train on. Gives weight (F, rates, classes) and bias (rates, classes)."""
     gen = torch.Generator().manual_seed(args.seed)
-    size = min(args.batch_size, len(keep))
+    views, _, _, width = x.shape
+    images, heads = len(keep), len(RATES)
+    size = min(args.batch_size, images)
     rates = torch.tensor(RATES, device=device)[:, None] * size / 256
-    inputs = len(tokens) * x.shape[-1]
-    start = 0.01 * torch.randn(inputs, 1, classes, generator=gen)  # DINOv2's scale, for every rate
-    weight = start.repeat(1, len(RATES), 1).to(device).requires_grad_()
-    bias = torch.zeros(len(RATES), classes, device=device, requires_grad=True)
+    start = 0.01 * torch.randn(len(tokens) * width, 1, classes, generator=gen)  # DINOv2's scale
+    weight = start.tile(heads, 1).to(device).requires_grad_()
+    bias = torch.zeros(heads, classes, device=device, requires_grad=True)
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for i in range(args.iterations):
-        picked, view = torch.randint(len(keep), (2, size), generator=gen)
+        picked, view = torch.randint(images, (2, size), generator=gen)
         picked = keep[picked]
-        features = x[view % len(x), picked]
-        logits = head_logits(features, tokens, weight, bias).transpose(1, 2)
-        target = y[picked].to(device)[:, None].expand(-1, len(RATES))
-        loss = F.cross_entropy(logits, target, reduction="sum") / size  # each head has its own
+        logits = head_logits(x[view % views, picked], tokens, weight, bias)
+        target = y[picked, None].tile(heads).to(device)  # (B, heads)
+        loss = F.cross_entropy(logits.mT, target, reduction="sum") / size  # each head has its own
         gradients = torch.autograd.grad(loss, (weight, bias))
-        lr = rates * 0.5 * (1 + math.cos(math.pi * i / args.iterations))
+        rate = c.cosine(i, rates, 0, args.iterations)
         with torch.no_grad():
             for p, v, g in zip((weight, bias), velocity, gradients, strict=True):
                 v.mul_(0.9).add_(g)
-                p.sub_(lr * v)
+                p.sub_(rate * v)
     return weight.detach(), bias.detach()
 
 
 def accuracy(x, y, *head):
     """Top-1 in % of every head: x (N, 5, D), y (N,), head: tokens, weight, bias."""
-    right = [head_logits(part, *head).argmax(-1).cpu() for part in x.split(1024)]
-    return (torch.cat(right) == y[:, None]).double().mean(0) * 100
+    answers = [head_logits(part, *head).argmax(2).cpu() for part in x.split(1024)]
+    return (torch.cat(answers) == y[:, None]).double().mean(0) * 100
 
 
 def hold_out(y, seed, share=0.1):
     """Bool (N,): a tenth of every class of more than one image, to choose the head on."""
     held = torch.zeros(len(y), dtype=torch.bool)
-    gen = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(y), generator=gen)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     for k in y.unique():
         members = order[y[order] == k]
         count = max(1, round(len(members) * share))
@@ -257,14 +222,15 @@ def hold_out(y, seed, share=0.1):
 def linear_probe(x, y, classes, args, device="cpu"):
     """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val is
     never seen. Gives (tokens, weight, bias) of that head, and what was chosen."""
-    held, best = hold_out(y, args.seed), None
-    keep = (~held).nonzero()[:, 0]
+    held = hold_out(y, args.seed)
+    (keep,) = torch.where(~held)
+    best = {"held_out": -1}
     for name, tokens in INPUTS.items():
         weight, bias = train_heads(x, y, classes, tokens, args, keep, device)
         score, k = accuracy(x[0, held], y[held], tokens, weight, bias).max(0)
-        if best is None or score > best["held_out"]:
+        if score > best["held_out"]:
             best = {"head": name, "rate": RATES[k], "held_out": score.item()}
-            head = tokens, weight[:, k : k + 1], bias[k : k + 1]
+            head = tokens, weight[:, k, None], bias[k, None]
     return head, best
 
 
@@ -273,10 +239,9 @@ NEIGHBORS = (10, 20, 100, 200)
 
 
 def knn(train_x, train_y, x, y, classes, temp=0.07):
-    """{k: top-1 in %} of weighted k-NN on L2-normalised class tokens (N, D); weights
-    exp(similarity / temp)."""
-    train_x, x = F.normalize(train_x, dim=-1), F.normalize(x, dim=-1)
-    most = min(NEIGHBORS[-1], len(train_x))
+    """{k: top-1 in %} of weighted k-NN on L2-normalised class tokens (N, D); weights exp(similarity / temp)."""
+    train_x, x = F.normalize(train_x), F.normalize(x)
+    most = min(max(NEIGHBORS), len(train_x))
     right = dict.fromkeys(NEIGHBORS, 0)
     for xb, yb in zip(x.split(512), y.split(512), strict=True):
         similarity, nearest = (xb @ train_x.T).topk(most)
@@ -291,7 +256,7 @@ def knn(train_x, train_y, x, y, classes, temp=0.07):
 def retrieval_map(x, y):
     """Leave-one-out mean average precision in %: every image is a query against all others of its
     set; (N, D), (N,). Queries without another image of their class are left out."""
-    x = F.normalize(x, dim=-1)
+    x = F.normalize(x)
     rank = torch.arange(1, len(x))
     values = []
     for i, label in enumerate(y):
@@ -302,151 +267,122 @@ def retrieval_map(x, y):
         precision = hit.cumsum(0) / rank
         if hit.any():
             values.append((precision * hit).sum() / hit.sum())
-    if not values:
-        return None
-    return 100 * torch.stack(values).mean().item()
+    return 100 * torch.stack(values).mean().item() if values else None
 
 
 # ==== all figures of one backbone =================================================================
 def read_labels(train, val):
-    """(class names, train labels (N,), val labels). Raises UserError where the class folders do not agree."""
-    names = sorted(set(train.labels()))
-    number = {name: k for k, name in enumerate(names)}
-    unknown = sorted(set(val.labels()) - set(names))
-    if unknown:
-        raise UserError(f"{val.data}/val/{unknown[0]}: class unknown to train; both need the same")
-    y, val_y = (torch.tensor([number[k] for k in f.labels()]) for f in (train, val))
-    if y.bincount().max() < 2:
-        raise UserError(
-            f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth"
-        )
-    return names, y, val_y
+    """(number of classes, train labels (N,), val labels). Raises UserError where the class folders do not agree."""
+    names, y = np.unique(train.labels(), return_inverse=True)
+    val_names = val.labels()
+    for name in np.setdiff1d(val_names, names):
+        raise UserError(f"{val.data}/val/{name}: class unknown to train; both need the same")
+    classes = len(names)
+    if classes == len(y):
+        raise UserError(f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth")
+    return classes, torch.from_numpy(y), torch.from_numpy(np.searchsorted(names, val_names))
 
 
 def sweep_specs(spec):
-    """Test noise of the robustness curve: {strength relative to the pretraining level: spec}. The
-    first parameter is scaled, up to its limit; ranges are taken at their middle."""
+    """Test noise of the robustness curve: {strength relative to the pretraining level: spec}. The first parameter is
+    scaled, up to its limit; ranges are taken at their middle."""
     name, ranges = c.parse_noise(spec)
     model, specs = c.NOISES[name], {0: "none"}
     first, *others = (sum(levels) / 2 for levels in ranges)
     for strength in (0.25, 0.5, 0.75, 1, 1.5, 2):
         level = min(first / strength if model.inverse else first * strength, model.most)
-        specs[strength] = name + ",".join(
-            f"{v:.6f}".rstrip("0").rstrip(".") for v in (level, *others)
-        )
+        numbers = [np.format_float_positional(v, 6, trim="-") for v in (level, *others)]
+        specs[strength] = f"{name}{','.join(numbers)}"
     return specs
 
 
-def open_folder(args, backbone, split):
-    """A split of the images, of the backbone's channels. Raises UserError."""
-    known = backbone.channels if split == "val" else None  # grey val images may serve as colour
-    folder = c.Folder(args.data, split, args.noise, args.noise_seed, args.denoised, known)
-    if folder.channels != backbone.channels:
-        raise UserError(
-            f"{args.data}: {folder.channels} channels, the backbone has {backbone.channels}"
-        )
-    return folder
-
-
 def evaluate(args, device, saved):
-    """All figures of one backbone as a dict; of several processes the first gives it, the others None. None, too, where
-    `saved`, an earlier result, is of the same images and backbone."""
-    started, backbone, denoiser = c.now(), load_backbone(args, device), None
+    """All figures of one backbone as a dict; of several processes the first gives it, the others
+    None. None, too, where `saved`, an earlier result, is of the same images and backbone."""
+    started = c.now()
+    backbone = load_backbone(args, device)
     patch = backbone.model.patch_size
     if args.img_size % patch:
         raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {patch}")
+    denoiser = None
     if args.denoiser:
         denoiser, _ = denoise.load_denoiser(args.denoiser, device)
-    train, val = (open_folder(args, backbone, split) for split in ("train", "val"))
+    train = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
+    if train.channels != backbone.channels:
+        raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
+    val = c.Folder(args.data, "val", args.noise, args.noise_seed, args.denoised, train.channels)
     of = {"files": [train.fingerprint(), val.fingerprint()], **backbone.about}
     if of.items() <= saved.items():
         c.say(f"{args.out}: complete, nothing to do")
         return None
-    names, y, val_y = read_labels(train, val)
-    source, specs = "denoised" if args.denoised else "noisy", {}
-    if args.noise != "none" and (denoiser or not args.denoised):
-        specs = sweep_specs(args.noise)
+    classes, y, val_y = read_labels(train, val)
+    source = "denoised" if args.denoised else "noisy"
     x = embed_folder(args, backbone, train, source, device, args.views)
     val_x = embed_folder(args, backbone, val, source, device)
-    tests = {}
+    specs, tests = {}, {}
+    if args.noise != "none" and (denoiser or not args.denoised):
+        specs = sweep_specs(args.noise)
     for strength, spec in specs.items():  # through the denoised arm's own denoiser
         tests[strength] = val_x
         if denoiser or spec != args.noise:
-            other = val.under(spec)
-            tests[strength] = embed_folder(args, backbone, other, "noisy", device, denoiser=denoiser)
+            tests[strength] = embed_folder(args, backbone, val.under(spec), "noisy", device, denoiser=denoiser)
     if x is None:
         return None
-    head, chosen = linear_probe(x, y, len(names), args, device)
+    head, chosen = linear_probe(x, y, classes, args, device)
 
     def figures(z, prefix):
         z = z[0]
-        return {
-            f"{prefix}linear": accuracy(z, val_y, *head).item(),
-            f"{prefix}knn": knn(x[0, :, 0], y, z[:, 0], val_y, len(names)),
-            f"{prefix}map": retrieval_map(z[:, 0], val_y),
-        }
+        return {f"{prefix}linear": accuracy(z, val_y, *head).item(),
+                f"{prefix}knn": knn(x[0, :, 0], y, z[:, 0], val_y, classes),
+                f"{prefix}map": retrieval_map(z[:, 0], val_y)}
 
-    result = {
-        **figures(val_x, ""),
-        "chosen": chosen,
-        "classes": len(names),
-        "train": len(y),
-        "val": len(val_y),
-    }
+    result = figures(val_x, "")
+    result |= {"chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y)}
     if tests:
         result |= figures(tests[0], "clean_")
         result["cosine"] = F.cosine_similarity(val_x[0, :, 0], tests[0][0, :, 0]).mean().item()
-        result["sweep"] = [
-            {"strength": k, "noise": specs[k], "linear": accuracy(z[0], val_y, *head).item()}
-            for k, z in tests.items()
-        ]
+        result["sweep"] = [{"strength": k, "noise": specs[k], "linear": accuracy(z[0], val_y, *head).item()}
+                           for k, z in tests.items()]
     return {**result, "seconds": c.now() - started, "config": vars(args), **of}
 
 
 # ==== report: tables ==============================================================================
-COLORS = {
-    "random": "#888888",
-    "noisy": "#d62728",
-    "nc": "#ff9f1c",
-    "nct": "#2ca02c",
-    "denoised": "#1f77b4",
-    "clean": "#9467bd",
-}  # in the order of the table
-COLUMNS = {
-    "linear": "linear",
-    "clean_linear": "linear, clean val",
-    "knn20": "20-NN",
-    "map": "retrieval mAP",
-    "cosine": "cosine noisy-clean",
-    "minutes": "minutes",
-    "images_s": "images/s",
-    "peak_gb": "peak GB",
-}
+COLORS = {"random": "#888888", "noisy": "#d62728", "nc": "#ff9f1c", "nct": "#2ca02c",
+          "denoised": "#1f77b4", "clean": "#9467bd"}  # in the order of the table
+COLUMNS = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN", "map": "retrieval mAP",
+           "cosine": "cosine noisy-clean", "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
+DIGITS = {"cosine": 2, "peak_gb": 2}  # of other columns 1
+ABOUT = """{classes} classes, {train} training and {val} validation images, noise {config[noise]}, {pretrain[arch]}, \
+on {device}. Figures in %, on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is \
+selected on val. `denoised` needs its denoiser at test time; `clean` is tested on clean images."""
 
 
 def spread(values, digits=1):
     """'mean ± standard deviation' over seeds; the value alone for one seed; '-' for none."""
     values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    text = f"{np.mean(values):.{digits}f}"
-    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+    text = f"{np.mean(values):.{digits}f}" if values else "-"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text
 
 
 def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    lines = [header, ["---" for _ in header], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def read_results(out):
     """{arm: {ARM-seedK: result}} of out/probe, in the order of COLORS. Raises UserError."""
     arms = {arm: {} for arm in COLORS}
-    needed = {"linear", "knn", "map", "classes", "train", "val", "config", "pretrain", "summary"}
-    for path in sorted((out / "probe").glob("*-seed*.json")):
-        result = c.read_json(path, needed)
-        minutes = result["summary"]["seconds"] / 60
-        result = result["summary"] | {"knn20": result["knn"]["20"], "minutes": minutes} | result
-        arms.setdefault(path.stem.rpartition("-seed")[0], {})[path.stem] = result
+    for path in sorted(out.glob("probe/*-seed*.json")):
+        result = c.read_json(path, {"linear", "knn", "map", "classes", "train", "val", "config"})
+        if not {"pretrain", "summary"} <= result.keys():
+            print(f"warning: {path}: left out, it is of --weights, not of a run", file=sys.stderr)
+            continue
+        summary = result["summary"]
+        figures = {"knn20": result["knn"]["20"], "minutes": summary["seconds"] / 60}
+        arm, _, _ = path.stem.rpartition("-seed")
+        arms.setdefault(arm, {})[path.stem] = {**summary, **figures, **result}
     arms = {arm: runs for arm, runs in arms.items() if runs}
     if not arms:
         raise UserError(f"{out}/probe: no results to report; run.sh makes them")
@@ -456,212 +392,174 @@ def read_results(out):
 def report(out):
     """results.md, results.json and four pictures from out/probe/ARM-seedK.json and out/pretrain."""
     arms = read_results(out)
-    rows, sweeps, results = [], [], []
+    results, rows, sweeps = [], [], []
     for arm, runs in arms.items():
-        runs = list(runs.values())
-        results += runs
-        digits = {"cosine": 2, "peak_gb": 2}
-        rows.append(
-            [
-                arm,
-                str(len(runs)),
-                *(spread([r.get(k) for r in runs], digits.get(k, 1)) for k in COLUMNS),
-            ]
-        )
-        if "sweep" in runs[0]:
-            points = zip(*(r["sweep"] for r in runs), strict=True)
-            sweeps.append([arm, *(spread([p["linear"] for p in point]) for point in points)])
-    first = max(results, key=lambda r: "sweep" in r)
+        seeds = list(runs.values())
+        results += seeds
+        row = [arm, str(len(seeds))]
+        for key in COLUMNS:
+            row += [spread([result.get(key) for result in seeds], DIGITS.get(key, 1))]
+        rows.append(row)
+        cells = []
+        for points in zip(*(result.get("sweep", []) for result in seeds), strict=True):
+            cells += [spread([point["linear"] for point in points])]
+        if cells:
+            sweeps.append([arm, *cells])
+    results.sort(key=lambda result: "sweep" not in result)  # those of noisy images come first
     figures = table(["arm", "seeds", *COLUMNS.values()], rows)
-    text = [
-        f"# {out.name}",
-        "",
-        f"{first['classes']} classes, {first['train']} training and {first['val']} validation images, noise "
-        f"{first['config']['noise']}, {first['pretrain']['arch']}, on {first['summary']['device']}. Figures in %, "
-        "on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is selected on "
-        "val. `denoised` needs its denoiser at test time; `clean` is tested on clean images.",
-        "",
-        *figures,
-        "",
-    ]
+    text = [f"# {out.name}", "", ABOUT.format(**results[0]), "", *figures, ""]
     if sweeps:
-        header = ["arm", *(point["noise"] for point in first["sweep"])]
+        header = ["arm", *(point["noise"] for point in results[0]["sweep"])]
         text += ["Linear probe tested at other noise levels:", "", *table(header, sweeps), ""]
-    quality = out / "denoiser" / "quality.json"
-    if quality.exists() and sweeps:
-        q = c.read_json(quality, {"noisy_clean"})
-        text += [
-            f"Denoiser: PSNR against clean {q['noisy_clean']:.2f} dB noisy, {q['denoised_clean']:.2f} denoised; "
-            f"against E[noisy | clean] {q['noisy_expected']:.2f} and {q['denoised_expected']:.2f} dB.",
-            "",
-        ]
-    for name, picture in pictures(out, arms, first["config"]).items():
-        picture.save(out / f"{name}.png")
-        text.append(f"![{name}]({name}.png)")
-    c.write_text(out / "results.md", "\n".join(text) + "\n")
-    c.write_json(out / "results.json", arms)
-    print("\n".join([*figures, "", f"report: {out / 'results.md'}"]))
+    for name, picture in pictures(out, arms, results).items():
+        if picture:
+            picture.save(f"{out}/{name}.png")
+            text.append(f"![{name}]({name}.png)")
+    c.write_text(f"{out}/results.md", "\n".join([*text, ""]))
+    c.write_json(f"{out}/results.json", arms)
+    print(*figures, "", f"report: {out}/results.md", sep="\n")
 
 
 # ==== report: pictures ============================================================================
-PANELS = {
-    "dino": "DINO loss",
-    "ibot": "iBOT loss",
-    "anchor_dino": "anchor loss (DINO part)",
-    "entropy": "teacher entropy, nats",
-    "kl": "KL teacher to student",
-    "rank": "effective rank",
-}
+PANELS = {"dino": "DINO loss", "ibot": "iBOT loss", "anchor_dino": "anchor loss (DINO part)",
+          "entropy": "teacher entropy, nats", "kl": "KL teacher to student", "rank": "effective rank"}
 
 
-def pictures(out, arms, config):
-    """{name: picture} of the first seed of every arm; config: of a probe on noisy images."""
-    panels, curves, runs = {}, {}, {}
-    for arm, of_arm in arms.items():
-        run, result = next(iter(of_arm.items()))
-        runs[out / "pretrain" / run] = result
-        curves[arm] = [(p["strength"], p["linear"]) for p in result.get("sweep", [])]
-        log = c.read_log(out / "pretrain" / run / "log.jsonl")
+def pictures(out, arms, results):
+    """{name: picture or None} of the first seed of every arm; results: one on noisy images first."""
+    robustness, curves = {}, {}
+    for arm, runs in arms.items():
+        run = min(runs)
+        robustness[arm] = [(p["strength"], p["linear"]) for p in runs[run].get("sweep", [])]
+        log = c.read_log(f"{out}/pretrain/{run}/log.jsonl")
         for key, title in PANELS.items():
             line = [(r["step"], r[key]) for r in log if key in r]
-            panels.setdefault(f"{title} against step", {})[arm] = line
+            curves.setdefault(f"{title} against step", {})[arm] = line
     made = {}
     try:
-        made |= sample_pictures(runs, config)
+        made |= sample_pictures(out, arms, results)
     except UserError as error:  # images moved away: the figures are still worth a report
         print(f"warning: no samples.png and features.png: {error}", file=sys.stderr)
-    made["robustness"] = chart({"linear probe, % against test noise (1: as trained)": curves})
-    made["curves"] = chart(panels)
-    return {name: picture for name, picture in made.items() if picture}
+    title = "linear probe, % against test noise (1: as trained)"
+    return {**made, "robustness": chart({title: robustness}), "curves": chart(curves)}
 
 
-def sample_pictures(runs, config):
-    """Six val images, noisy, denoised and clean; and what the backbone of every run makes of them."""
-    channels, sources, copy = 3, ["noisy"], ""
-    for result in runs.values():
-        channels, copy = result["pretrain"]["channels"], result["pretrain"]["denoised"] or copy
-    sources += ["denoised"] * bool(copy) + ["clean"] * (config["noise"] != "none")
+def sample_pictures(out, arms, results):
+    """Six val images, noisy, denoised and clean; and what the backbone of every arm makes of them."""
+    first = results[0]
+    config, channels = first["config"], first["pretrain"]["channels"]
+    copy = max(result["pretrain"]["denoised"] for result in results)  # "" where there is none
     folder = c.Folder(config["data"], "val", config["noise"], config["noise_seed"], copy, channels)
-    images = {source: [folder.read(i, source) for i in folder.spread(6)] for source in sources}
+    images = {}
+    for source, known in {"noisy": True, "denoised": copy, "clean": folder.spec != "none"}.items():
+        if known:
+            images[source] = [folder.read(i, source) for i in folder.spread(6)]
     features = {"input": images["noisy"]}
-    for run, result in runs.items():
-        seen = "denoised" if result["config"]["denoised"] else "noisy"
-        features[run.name] = principal_components(run, images[seen])
+    for arm, runs in arms.items():
+        run = min(runs)
+        seen = images.get(arm, images["noisy"])  # arms denoised and clean see their own
+        features[run] = principal_components(f"{out}/pretrain/{run}", seen)
     return {"samples": grid(images), "features": grid(features)}
 
 
-@torch.no_grad()
 def principal_components(run, images, side=16):
     """First three principal components of the patch tokens as colours, (3, side, side) an image."""
     backbone = load_run(run, torch.device("cpu"))
     size = side * backbone.model.patch_size
     crops = torch.stack([c.resize(image, size, size) for image in images])
-    x = (crops / 255 - backbone.mean) / backbone.std
-    tokens = backbone.model.forward_features(x)["patches"]  # (B, N, D)
-    _, _, axes = torch.pca_lowrank(tokens.flatten(0, 1), 3)
-    colours = tokens @ axes  # (B, N, 3)
-    bounds = torch.tensor([0.02, 0.98])
-    low, high = colours.flatten(0, 1).quantile(bounds, dim=0)
-    colours = (colours - low) / (high - low).clamp(min=1e-6)
-    return c.to_uint8(colours.clamp(0, 1)).mT.unflatten(2, (side, side))
+    tokens = backbone.last_layers(crops, 1)[0]["patches"]  # (B, N, D)
+    scores, _, _ = torch.pca_lowrank(tokens.flatten(0, 1), 3)  # (B N, 3)
+    colours = torch.sigmoid(scores / scores.std(0))
+    return c.to_uint8(colours).view(len(images), side, side, 3).movedim(3, 1)
 
 
-def grid(columns, cell=160, gap=6):
-    """{title: uint8 images (C, H, W)} to one picture, a column each."""
-    step = cell + gap
-    rows = max(map(len, columns.values()))
-    size = len(columns) * step + gap, rows * step + 30
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for k, (title, images) in enumerate(columns.items()):
-        left = k * step + gap
-        draw.text((left, 8), title, "black", font)
-        for j, x in enumerate(images):
-            picture = denoise.picture(x).convert("RGB")
-            thumbnail = ImageOps.pad(picture, (cell, cell), color="white")
-            sheet.paste(thumbnail, (left, j * step + 30))
+def tile(panels, across):
+    """Pictures of one size on one sheet, so many in a row."""
+    width, height = panels[0].size
+    rows = math.ceil(len(panels) / across)
+    sheet = Image.new("RGB", (across * width, rows * height), "white")
+    for k, panel in enumerate(panels):
+        sheet.paste(panel, (k % across * width, k // across * height))
     return sheet
+
+
+def grid(rows, size=160):
+    """{title: uint8 images (C, H, W)} to one picture, a row each."""
+    panels, font = [], ImageFont.load_default(14)
+    for title, images in rows.items():
+        for x in images:
+            picture = ImageOps.pad(denoise.picture(x).convert("RGB"), (size, size), color="white")
+            panel = ImageOps.expand(picture, (3, 20, 3, 3), "white")
+            ImageDraw.Draw(panel).text((3, 2), title, "black", font)
+            panels.append(panel)
+            title = ""  # once a row
+    return tile(panels, len(images))
 
 
 def chart(panels):
     """Line charts, two in a row: {title: {name: [(x, y), ...]}}. None where there is no point."""
     drawn = [draw_panel(title, lines) for title, lines in panels.items() if any(lines.values())]
-    if not drawn:
-        return None
-    width, height = 620, 340
-    across, down = min(2, len(drawn)), math.ceil(len(drawn) / 2)
-    sheet = Image.new("RGB", (across * width, down * height), "white")
-    for k, panel in enumerate(drawn):
-        row, column = divmod(k, 2)
-        small = panel.resize((width, height), Image.LANCZOS)  # drawn larger: lines become smooth
-        sheet.paste(small, (column * width, row * height))
-    return sheet
+    return tile(drawn, min(2, len(drawn))) if drawn else None
 
 
 def axis(values, start, end):
     """(round ticks over all values, function that places a value between pixels start and end)."""
-    low, high = min(values), max(values)
-    extent = max(high - low, abs(high) / 1e3, 1e-9)
-    step = 10.0 ** math.floor(math.log10(extent))
-    first = math.floor(low / step)
-    last = max(math.ceil(high / step), first + 1)
-    ticks = np.arange(first, last + 1) * step
-
-    def place(value):
-        share = (value - ticks[0]) / (ticks[-1] - ticks[0])
-        return start + share * (end - start)
-
-    return ticks, place
+    low = min(values)
+    high = max(*values, low + abs(low) / 1e3 + 1e-9)
+    step = 10.0 ** math.floor(math.log10(high - low))
+    ticks = step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
+    return ticks, lambda value: np.interp(value, ticks[[0, -1]], (start, end))
 
 
 def draw_panel(title, lines):
-    """One chart of 1860 x 1020 pixels; the same colour for a name in every panel."""
-    sheet = Image.new("RGB", (1860, 1020), "white")
+    """One chart of 620 x 340 pixels; the same colour for a name in every panel."""
+    sheet = Image.new("RGB", (1860, 1020), "white")  # three times as large: lines become smooth
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(36)
-    left, top, right, bottom = 170, 100, 1580, 910
     xs, ys = zip(*sum(lines.values(), []), strict=True)
-    x_ticks, across = axis(xs, left, right)
-    y_ticks, up = axis(ys, bottom, top)
-    draw.text((left, 20), title, "black", font)
+    x_ticks, across = axis(xs, 170, 1580)
+    y_ticks, up = axis(ys, 910, 100)
+    draw.text((170, 20), title, "black", font)
     for x in x_ticks:
-        draw.text((across(x), bottom + 20), f"{x:.6g}", "#555555", font, anchor="ma")
+        draw.text((across(x), 930), f"{x:.6g}", "#555555", font, anchor="ma")
     for y in y_ticks:
         height = up(y)
-        draw.line([left, height, right, height], "#dddddd", 3)
-        draw.text((left - 20, height), f"{y:.6g}", "#555555", font, anchor="rm")
+        draw.line([170, height, 1580, height], "#dddddd", 3)
+        draw.text((150, height), f"{y:.6g}", "#555555", font, anchor="rm")
+    top = 100  # of the next name
     for name, line in lines.items():
         color = COLORS.get(name, "black")
         points = [(across(x), up(y)) for x, y in line]
         if points:
             draw.line(points, color, 6, joint="curve")
             draw.circle(points[-1], 6, color)  # a line of one point is seen, too
-            draw.text((right + 30, top), name, color, font)
+            draw.text((1610, top), name, color, font)
             top += 48
-    return sheet
+    return sheet.resize((620, 340), Image.LANCZOS)
 
 
 def main():
-    command, *rest = sys.argv[1:] or [""]
-    if command == "report":
-        if len(rest) != 1:
+    match sys.argv[1:]:
+        case ["report", folder]:
+            report(Path(folder))
+        case ["report", *_]:
             raise UserError("usage: python probe.py report runs/NAME")
-        return report(Path(rest[0]))
-    if command == "check":
-        args = c.read_flags([*rest, "--out", "none"], __doc__, PRESETS, {"data": c.DATA_FLAGS})
-        train = c.Folder(args.data, "train", args.noise)
-        read_labels(train, c.Folder(args.data, "val", args.noise, channels=train.channels))
-        return 0
-    args, saved = read_config(sys.argv[1:]), {}
-    out = Path(args.out)
-    if out.exists():
-        saved = c.read_json(out, {"config"})
-        c.check_config(saved["config"], vars(args), c.FREE | {"data"}, out)
+        case ["check", *flags]:
+            args = c.read_flags([*flags, "--out", "none"], __doc__, PRESETS, {"data": c.DATA_FLAGS})
+            train = c.Folder(args.data, "train", args.noise)
+            read_labels(train, c.Folder(args.data, "val", args.noise, channels=train.channels))
+        case flags:
+            probe(read_config(flags))
+
+
+def probe(args):
+    saved = {}
+    if Path(args.out).exists():
+        saved = c.read_json(args.out, {"config"})
+        c.check_config(saved["config"], vars(args), c.FREE | {"data"}, args.out)
     result = evaluate(args, c.setup(args.device), saved)
     if result:
-        c.write_json(out, result)
-        shown = [f"{k} {result[k]:.1f}" for k in ("linear", "clean_linear") if k in result]
-        c.say(f"{out.stem}: {' '.join(shown)}")
-    return 0
+        c.write_json(args.out, result)
+        c.say(f"{args.out}: linear {result['linear']:.1f}")
 
 
 if __name__ == "__main__":

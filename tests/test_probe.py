@@ -951,8 +951,8 @@ def test_report_shows_four_pictures(runs):
         with Image.open(f"runs/{name}.png") as image:
             assert np.array(image).std() > 5
             if name in sizes:
-                columns, rows = sizes[name]
-                assert image.size == (columns * 166 + 6, rows * 166 + 30)
+                rows, columns = sizes[name]
+                assert image.size == (columns * 166, rows * 183)
 
 
 def test_report_of_images_that_were_moved_away_has_the_other_pictures(runs, capsys):
@@ -963,6 +963,14 @@ def test_report_of_images_that_were_moved_away_has_the_other_pictures(runs, caps
     assert call(probe, "report", "runs") == 0
     assert "no samples.png and features.png: --data gone" in capsys.readouterr().err
     assert {p.name for p in Path("runs").glob("*.png")} == {"robustness.png", "curves.png"}
+
+
+def test_report_leaves_out_a_result_of_weights_and_names_its_file(runs, result, capsys):
+    of_weights = {k: v for k, v in result.items() if k not in ("pretrain", "summary")}
+    common.write_json("runs/probe/noisy-seed2.json", of_weights)
+    assert call(probe, "report", "runs") == 0
+    assert "runs/probe/noisy-seed2.json: left out" in capsys.readouterr().err
+    assert set(common.read_json("runs/results.json")["noisy"]) == {"noisy-seed0", "noisy-seed1"}
 
 
 def test_report_on_an_empty_folder_is_one_line_with_code_2(capsys):
