@@ -30,6 +30,7 @@ SMALL = {"iterations": 2000, "img_size": 64, "resize": 64}
 PRESETS = {"demo": SMALL, "tiny": SMALL, "imagenet100": {"views": 10}, "imagenet1k": {"views": 4}}
 PROBE_FLAGS = {
     "run": ("", "folder of a finished run: backbone.pth, config.json, summary.json"),
+    "pixels": (False, "instead of --run: averaged pixels as features, what pretraining must beat"),
     "weights": ("", "instead of --run: a file of ViT weights, whose shapes tell the architecture"),
     "heads": (0, "with --weights: attention heads; 0: as usual for the width"),
     "mean": ([], "with --weights: of its normalisation; if not given, ImageNet's"),
@@ -48,9 +49,9 @@ GROUPS = {"data": c.DATA_FLAGS, "probe": PROBE_FLAGS, "running": c.RUNNING_FLAGS
 
 def read_config(argv):
     args = c.read_flags(argv, __doc__, PRESETS, GROUPS, positive=("iterations", "batch_size", "img_size"))
-    if bool(args.run) == bool(args.weights):
-        raise UserError("give --run, a folder of pretrain.py, or --weights, a file of ViT weights")
-    if args.run and (args.heads or args.mean or args.std):
+    if [bool(args.run), bool(args.weights), args.pixels].count(True) != 1:
+        raise UserError("give --run, a folder of pretrain.py, or --weights, a file of ViT weights, or --pixels")
+    if not args.weights and (args.heads or args.mean or args.std):
         raise UserError("--heads, --mean, --std: are for --weights; a run has its own")
     if args.denoiser and not args.denoised:
         raise UserError("--denoiser: has no effect without --denoised")
@@ -60,8 +61,14 @@ def read_config(argv):
 
 
 # ==== backbone ====================================================================================
+INPUTS = {"1 block": [0], "1 block + patches": [0, 4], "4 blocks": [0, 1, 2, 3],
+          "4 blocks + patches": [0, 1, 2, 3, 4]}  # tokens that the heads see
+PIXELS = {"8 x 8 pixels": [0], "16 x 16 pixels": [1, 2, 3, 4]}
+
+
 class Backbone:
     """A frozen ViT with its normalisation. about: what is known of its training, for the report."""
+    inputs = INPUTS
 
     def __init__(self, model, mean, std, file, device, about):
         self.model = model.to(device).eval().requires_grad_(False)
@@ -85,13 +92,39 @@ class Backbone:
         return torch.stack([*tokens, layers[0]["patches"].mean(1)], 1).float()
 
 
+class Pixels:
+    """In place of a backbone: area-averaged pixels, standardised. What pretraining must beat."""
+    inputs, about = PIXELS, {}
+
+    def __init__(self, args):
+        folder, source = open_folder(args, "train")
+        self.channels, self.mean, self.std = folder.channels, 0.0, 1.0
+        crops = [central_crop(folder.read(i, source), args.resize, args.img_size) for i in folder.spread(2000)]
+        tokens = self.embed(torch.stack(crops))
+        self.mean, self.std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
+
+    def embed(self, crops):
+        """uint8 crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16."""
+        areas = [F.adaptive_avg_pool2d(crops / 255, side).flatten(1) for side in (8, 16)]
+        tokens = torch.cat(areas, 1).unflatten(1, (5, -1)).cpu()
+        return (tokens - self.mean) / self.std
+
+
 def load_backbone(args, device):
-    """The backbone of --run or --weights. Raises UserError."""
+    """The backbone of --run or --weights, or --pixels. Raises UserError."""
+    if args.pixels:
+        return Pixels(args)
     if args.run:
-        return load_run(args.run, device)
-    mean = args.mean or [0.485, 0.456, 0.406]
-    std = args.std or [0.229, 0.224, 0.225]
-    return Backbone(c.vit_of(args.weights, args.heads), mean, std, args.weights, device, {})
+        backbone = load_run(args.run, device)
+    else:
+        mean = args.mean or [0.485, 0.456, 0.406]
+        std = args.std or [0.229, 0.224, 0.225]
+        model = c.vit_of(args.weights, args.heads)
+        backbone = Backbone(model, mean, std, args.weights, device, {})
+    patch = backbone.model.patch_size
+    if args.img_size % patch:
+        raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {patch}")
+    return backbone
 
 
 def load_run(folder, device):
@@ -162,8 +195,6 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
 
 # ==== linear probe: the 52 heads of DINOv2's protocol =============================================
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]  # x batch / 256
-INPUTS = {"1 block": [0], "1 block + patches": [0, 4], "4 blocks": [0, 1, 2, 3],
-          "4 blocks + patches": [0, 1, 2, 3, 4]}  # tokens that the heads see
 
 
 def head_logits(x, tokens, weight, bias):
@@ -219,13 +250,13 @@ def hold_out(y, seed, share=0.1):
     return held
 
 
-def linear_probe(x, y, classes, args, device="cpu"):
+def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
     """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val is
     never seen. Gives (tokens, weight, bias) of that head, and what was chosen."""
     held = hold_out(y, args.seed)
     (keep,) = torch.where(~held)
     best = {"held_out": -1}
-    for name, tokens in INPUTS.items():
+    for name, tokens in inputs.items():
         weight, bias = train_heads(x, y, classes, tokens, args, keep, device)
         score, k = accuracy(x[0, held], y[held], tokens, weight, bias).max(0)
         if score > best["held_out"]:
@@ -251,6 +282,15 @@ def knn(train_x, train_y, x, y, classes, temp=0.07):
             predicted = votes[:, :k].sum(1).argmax(1)
             right[k] += (predicted == yb).sum().item()
     return {str(k): 100 * n / len(y) for k, n in right.items()}
+
+
+def nearest_tokens(x, y, classes, seed):
+    """Of PIXELS the tokens with the best 20-NN on the held-out images; x (N, 5, D)."""
+    held, scores = hold_out(y, seed), {}
+    for name, tokens in PIXELS.items():
+        vectors = x[:, tokens].flatten(1)
+        scores[name] = knn(vectors[~held], y[~held], vectors[held], y[held], classes)["20"]
+    return PIXELS[max(scores, key=scores.get)]
 
 
 def retrieval_map(x, y):
@@ -296,27 +336,29 @@ def sweep_specs(spec):
     return specs
 
 
+def open_folder(args, split, channels=None):
+    """(images of a split, the source that the probe reads). Raises UserError."""
+    folder = c.Folder(args.data, split, args.noise, args.noise_seed, args.denoised, channels)
+    return folder, "denoised" if args.denoised else "noisy"
+
+
 def evaluate(args, device, saved):
     """All figures of one backbone as a dict; of several processes the first gives it, the others
     None. None, too, where `saved`, an earlier result, is of the same images and backbone."""
     started = c.now()
     backbone = load_backbone(args, device)
-    patch = backbone.model.patch_size
-    if args.img_size % patch:
-        raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {patch}")
     denoiser = None
     if args.denoiser:
         denoiser, _ = denoise.load_denoiser(args.denoiser, device)
-    train = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
+    train, source = open_folder(args, "train")
     if train.channels != backbone.channels:
         raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
-    val = c.Folder(args.data, "val", args.noise, args.noise_seed, args.denoised, train.channels)
+    val, _ = open_folder(args, "val", train.channels)
     of = {"files": [train.fingerprint(), val.fingerprint()], **backbone.about}
     if of.items() <= saved.items():
         c.say(f"{args.out}: complete, nothing to do")
         return None
     classes, y, val_y = read_labels(train, val)
-    source = "denoised" if args.denoised else "noisy"
     x = embed_folder(args, backbone, train, source, device, args.views)
     val_x = embed_folder(args, backbone, val, source, device)
     specs, tests = {}, {}
@@ -328,33 +370,40 @@ def evaluate(args, device, saved):
             tests[strength] = embed_folder(args, backbone, val.under(spec), "noisy", device, denoiser=denoiser)
     if x is None:
         return None
-    head, chosen = linear_probe(x, y, classes, args, device)
+    head, chosen = linear_probe(x, y, classes, args, device, backbone.inputs)
+    tokens = [0]  # of k-NN and retrieval: the class token
+    if args.pixels:
+        tokens = nearest_tokens(x[0], y, classes, args.seed)
+
+    def vectors(z):
+        return z[0][:, tokens].flatten(1)
 
     def figures(z, prefix):
-        z = z[0]
-        return {f"{prefix}linear": accuracy(z, val_y, *head).item(),
-                f"{prefix}knn": knn(x[0, :, 0], y, z[:, 0], val_y, classes),
-                f"{prefix}map": retrieval_map(z[:, 0], val_y)}
+        return {f"{prefix}linear": accuracy(z[0], val_y, *head).item(),
+                f"{prefix}knn": knn(vectors(x), y, vectors(z), val_y, classes),
+                f"{prefix}map": retrieval_map(vectors(z), val_y)}
 
     result = figures(val_x, "")
     result |= {"chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y)}
     if tests:
         result |= figures(tests[0], "clean_")
-        result["cosine"] = F.cosine_similarity(val_x[0, :, 0], tests[0][0, :, 0]).mean().item()
+        result["cosine"] = F.cosine_similarity(vectors(val_x), vectors(tests[0])).mean().item()
         result["sweep"] = [{"strength": k, "noise": specs[k], "linear": accuracy(z[0], val_y, *head).item()}
                            for k, z in tests.items()]
     return {**result, "seconds": c.now() - started, "config": vars(args), **of}
 
 
 # ==== report: tables ==============================================================================
-COLORS = {"random": "#888888", "noisy": "#d62728", "nc": "#ff9f1c", "nct": "#2ca02c",
-          "denoised": "#1f77b4", "clean": "#9467bd"}  # in the order of the table
+COLORS = {"pixels": "#000000", "pixels_denoised": "#8c564b", "random": "#888888",
+          "noisy": "#d62728", "nc": "#ff9f1c", "nct": "#2ca02c", "denoised": "#1f77b4",
+          "clean": "#9467bd"}  # in the order of the table
 COLUMNS = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN", "map": "retrieval mAP",
            "cosine": "cosine noisy-clean", "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
 DIGITS = {"cosine": 2, "peak_gb": 2}  # of other columns 1
 ABOUT = """{classes} classes, {train} training and {val} validation images, noise {config[noise]}, {pretrain[arch]}, \
 on {device}. Figures in %, on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is \
-selected on val. `denoised` needs its denoiser at test time; `clean` is tested on clean images."""
+selected on val. `pixels`: averaged pixels instead of features. `denoised` needs its denoiser at test time; `clean` is \
+tested on clean images."""
 
 
 def spread(values, digits=1):
@@ -373,18 +422,20 @@ def table(header, rows):
 
 def read_results(out):
     """{arm: {ARM-seedK: result}} of out/probe, in the order of COLORS. Raises UserError."""
-    arms = {arm: {} for arm in COLORS}
+    arms, trained = {arm: {} for arm in COLORS}, False
     for path in sorted(out.glob("probe/*-seed*.json")):
         result = c.read_json(path, {"linear", "knn", "map", "classes", "train", "val", "config"})
-        if not {"pretrain", "summary"} <= result.keys():
+        figures = {"knn20": result["knn"]["20"]}
+        if "summary" in result:
+            trained = True
+            figures |= {**result["summary"], "minutes": result["summary"]["seconds"] / 60}
+        elif not result["config"].get("pixels"):
             print(f"warning: {path}: left out, it is of --weights, not of a run", file=sys.stderr)
             continue
-        summary = result["summary"]
-        figures = {"knn20": result["knn"]["20"], "minutes": summary["seconds"] / 60}
         arm, _, _ = path.stem.rpartition("-seed")
-        arms.setdefault(arm, {})[path.stem] = {**summary, **figures, **result}
+        arms.setdefault(arm, {})[path.stem] = {**figures, **result}
     arms = {arm: runs for arm, runs in arms.items() if runs}
-    if not arms:
+    if not trained:
         raise UserError(f"{out}/probe: no results to report; run.sh makes them")
     return arms
 
@@ -395,7 +446,7 @@ def report(out):
     results, rows, sweeps = [], [], []
     for arm, runs in arms.items():
         seeds = list(runs.values())
-        results += seeds
+        results += [result for result in seeds if "pretrain" in result]
         row = [arm, str(len(seeds))]
         for key in COLUMNS:
             row += [spread([result.get(key) for result in seeds], DIGITS.get(key, 1))]
@@ -457,6 +508,8 @@ def sample_pictures(out, arms, results):
     features = {"input": images["noisy"]}
     for arm, runs in arms.items():
         run = min(runs)
+        if "pretrain" not in runs[run]:  # averaged pixels
+            continue
         seen = images.get(arm, images["noisy"])  # arms denoised and clean see their own
         features[run] = principal_components(f"{out}/pretrain/{run}", seen)
     return {"samples": grid(images), "features": grid(features)}

@@ -179,6 +179,10 @@ probe() {  # arm, flags of its own
   [ -z "$probes" ] || stage "probing $arm, seed $seed" "${launch[@]}" "$here/probe.py" "${common[@]}" \
     --run "$out/pretrain/$arm-seed$seed" --out "$out/probe/$arm-seed$seed.json" "$@"
 }
+probe_pixels() {  # name, flags of its own: what pretraining must beat
+  local name=$1; shift
+  stage "probing $name" "${launch[@]}" "$here/probe.py" "${common[@]}" --pixels --out "$out/probe/$name-seed0.json" "$@"
+}
 denoised_run() {  # how far it goes: the denoised arm is also the first phase of nc and nct; trained once
   pretrain denoised "$@" --source denoised --denoised "$copy" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
 }
@@ -188,16 +192,13 @@ noisy_phase() {  # arm, flags: from the denoised run's networks, with optimiser 
     ${noisy_flags[@]+"${noisy_flags[@]}"} "$@"
 }
 one_arm() {
-  local arm=$1 through=()
+  local arm=$1
   case $arm in
     random) pretrain random random --source noisy --epochs 0 ${first_flags[@]+"${first_flags[@]}"}; probe random ;;
     noisy|clean)
       pretrain "$arm" "$arm" --source "$arm" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
       if [ "$arm" = noisy ]; then probe noisy; else probe clean --noise none; fi ;;  # the upper bound sees clean images
-    denoised)
-      denoised_run denoised
-      [ "$copy" != "$out/denoised" ] || through=(--denoiser "$out/denoiser")
-      probe denoised --denoised "$copy" ${through[@]+"${through[@]}"} ;;
+    denoised) denoised_run denoised; probe denoised "${through[@]}" ;;
     nc) noisy_phase nc; probe nc ;;
     nct)
       local pull=(${anchored[@]+"${anchored[@]}"})
@@ -225,7 +226,10 @@ all_stages() {
     fi
     for arm in $arms; do one_arm "$arm"; done
   done
-  [ -z "$probes" ] || stage "report" "$python" "$here/probe.py" report "$out"
+  [ -n "$probes" ] || return 0
+  probe_pixels pixels
+  ! uses "denoised|nc|nct" || probe_pixels pixels_denoised "${through[@]}"
+  stage "report" "$python" "$here/probe.py" report "$out"
 }
 
 probes='' counting='' copy=${denoised:-$out/denoised}
@@ -234,6 +238,8 @@ if [ -d "$data/train" ] && [ -d "$data/val" ]; then
   [ -z "$labels" ] || { probes=yes; run "$python" "$here/probe.py" check "${common[@]}"; }
 fi
 [ -n "$probes" ] || echo "no train/<class>/ and val/<class>/ in $data: pretraining without probes"
+through=(--denoised "$copy")  # what the probe of denoised images needs
+[ -n "$denoised" ] || through+=(--denoiser "$out/denoiser")
 anchored=(--denoised "$copy" --anchor "$anchor")
 [[ ! $anchor =~ ^0*\.?0*$ ]] || anchored=()  # an anchor of weight 0 is none: nc
 # bad flags and folders are told before anything is trained

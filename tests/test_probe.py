@@ -806,6 +806,53 @@ def test_without_the_denoiser_other_test_images_have_no_answer(small, cleaned):
     assert not {"sweep", "clean_linear", "cosine"} & set(result)
 
 
+# ==== averaged pixels =============================================================================
+def test_pixels_are_means_of_areas_standardised_by_the_training_images(small):
+    args = probe_args(small.data, "--pixels", *NOISE)
+    pixels = probe.load_backbone(args, CPU)
+    folder = common.Folder(small.data, "train", "gauss50")
+    crops = torch.stack([probe.central_crop(folder.read(i), 32, 32) for i in range(len(folder))])
+    tokens = pixels.embed(crops)
+    assert tokens.shape == (36, 5, 192)
+    torch.testing.assert_close(tokens.mean(0), torch.zeros(5, 192), atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokens.std(0), torch.ones(5, 192), atol=1e-4, rtol=0)
+    for side, areas in ((8, tokens[:, :1]), (16, tokens[:, 1:])):
+        size = 32 // side
+        means = torch.zeros(36, 3, side, side)
+        for row in range(side):
+            for column in range(side):
+                part = crops[:, :, row * size:(row + 1) * size, column * size:(column + 1) * size]
+                means[:, :, row, column] = part.float().mean((2, 3))
+        expected = means.flatten(1)
+        expected = (expected - expected.mean(0)) / expected.std(0)
+        torch.testing.assert_close(areas.flatten(1), expected, atol=1e-3, rtol=0)
+
+
+def test_neighbours_of_pixels_are_chosen_on_the_held_out_images():
+    y = torch.arange(2).repeat(60)
+    good, bad = torch.eye(2)[y], randn(120, 2)
+    for k, tokens in enumerate(probe.PIXELS.values()):
+        x = bad[:, None].repeat(1, 5, 1)
+        x[:, tokens] = good[:, None]
+        assert probe.nearest_tokens(x, y, 2, 0) == list(probe.PIXELS.values())[k]
+
+
+def test_result_of_pixels_has_every_figure_of_the_same_heads(small, result):
+    pixels = probed(small.data, "--pixels", *NOISE)
+    assert set(result) - set(pixels) == {"pretrain", "summary", "backbone"}
+    assert set(pixels) <= set(result)
+    assert pixels["chosen"]["head"] in probe.PIXELS
+    assert len(pixels["sweep"]) == len(result["sweep"])
+    assert np.isfinite(numbers(pixels)).all()
+    assert pixels["linear"] > 45  # by chance 33: the classes differ in brightness
+
+
+def test_pixels_of_denoised_images_are_read_from_them(small, cleaned):
+    noisy = probe.load_backbone(probe_args(small.data, "--pixels", *NOISE), CPU)
+    denoised = probe_args(small.data, "--pixels", *NOISE, "--denoised", cleaned.copy)
+    assert (probe.load_backbone(denoised, CPU).std < noisy.std).double().mean() > 0.9
+
+
 # ==== check, bad input ============================================================================
 def test_check_passes_on_good_folders_and_says_nothing(small, capsys):
     assert call(probe, "check", "--data", small.data, *NOISE) == 0
@@ -971,6 +1018,28 @@ def test_report_leaves_out_a_result_of_weights_and_names_its_file(runs, result, 
     assert call(probe, "report", "runs") == 0
     assert "runs/probe/noisy-seed2.json: left out" in capsys.readouterr().err
     assert set(common.read_json("runs/results.json")["noisy"]) == {"noisy-seed0", "noisy-seed1"}
+
+
+def test_report_shows_pixels_first_without_cost_and_without_a_picture_of_features(runs, result):
+    of_pixels = {k: v for k, v in result.items() if k not in ("pretrain", "summary", "backbone")}
+    of_pixels["config"] = {**result["config"], "pixels": True}
+    common.write_json("runs/probe/pixels-seed0.json", {**of_pixels, "linear": 12.5})
+    assert call(probe, "report", "runs") == 0
+    lines = Path("runs/results.md").read_text().splitlines()
+    arms = [line.split()[1] for line in lines if line.startswith("|")]
+    assert arms[:5] == ["arm", "---", "pixels", "noisy", "nct"]
+    row = next(line for line in lines if line.startswith("| pixels "))
+    assert row.startswith("| pixels | 1 | 12.5 |")
+    assert row.endswith("| - | - | - |")  # minutes, images/s, peak GB
+    with Image.open("runs/features.png") as image:
+        assert image.height == 3 * 183  # input and two arms
+
+
+def test_report_of_pixels_alone_has_nothing_to_compare(result, capsys):
+    config = {**result["config"], "pixels": True}
+    of_pixels = {k: v for k, v in result.items() if k not in ("pretrain", "summary")}
+    common.write_json("runs/probe/pixels-seed0.json", of_pixels | {"config": config})
+    assert "no results to report" in refused(capsys, "report", "runs")
 
 
 def test_report_on_an_empty_folder_is_one_line_with_code_2(capsys):

@@ -201,12 +201,13 @@ def test_stages_are_numbered_with_the_time_that_the_last_one_took(chain):
     titles = ["training the denoiser", "denoising the images",
               "pretraining denoised, first 2 of 4 epochs, seed 0", "pretraining noisy, seed 0",
               "probing noisy, seed 0", "pretraining denoised, seed 0", "probing denoised, seed 0",
-              "pretraining nct, seed 0", "probing nct, seed 0", "report"]
-    assert lines[0] == "== 1/10 training the denoiser =="
+              "pretraining nct, seed 0", "probing nct, seed 0", "probing pixels",
+              "probing pixels_denoised", "report"]
+    assert lines[0] == "== 1/12 training the denoiser =="
     last = r" \(the last took \d+ min \d+ s(, about \d+ min left)?\) =="
     for number, (title, line) in enumerate(zip(titles, lines, strict=True), 1):
-        assert number == 1 or re.fullmatch(f"== {number}/10 {title}{last}", line), line
-    assert len((out / "commands.log").read_text().splitlines()) == 10
+        assert number == 1 or re.fullmatch(f"== {number}/12 {title}{last}", line), line
+    assert len((out / "commands.log").read_text().splitlines()) == 12
 
 
 def test_same_command_again_trains_nothing_and_reports_the_same(chain):
@@ -221,7 +222,7 @@ def test_same_command_again_trains_nothing_and_reports_the_same(chain):
     assert {p.parent for p in changed} == {out}  # the report, the lock and commands.log
     table = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert [line for line in done.stdout.splitlines() if line.startswith("|")] == table
-    assert done.stdout.count("complete, nothing to do") == 8  # but apply's and the report
+    assert done.stdout.count("complete, nothing to do") == 10  # but apply's and the report
 
 
 def test_chain_that_a_signal_interrupted_goes_on_to_the_same_figures(chain, data, tmp_path):
