@@ -16,6 +16,7 @@ import hashlib
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,21 +39,20 @@ TRAIN_FLAGS = {
     "epochs": (100, "passes over the images; even one is useful for the curriculum"),
     "subset": (0, "train on so many images, spread evenly over the sorted list; 0: on all"),
     "batch_size": (4, "patches a step over all processes"),
-    "patch": (
-        256,
-        "pixels of a training patch, rounded up as the poolings need; less for small images",
-    ),
+    "patch": (256, "pixels of a training patch, rounded up for the poolings; less for small images"),
     "lr": (3e-4, "halved at the epochs' borders at 20, 40, 60 and 80 % of training"),
     "ramp": (2.0, "final weight of the regulariser"),
     "width": (48, "features of the U-Net; 24 is 4 times faster"),
-    "init_scale": (
-        0.1,
-        "factor on the Kaiming-normal weights; 1 for short runs, which stay grey at 0.1",
-    ),
+    "init_scale": (0.1, "factor on Kaiming-normal weights; 1 for short runs, which stay grey at 0.1"),
 }
 APPLY_FLAGS = {
     "denoiser": ("", "folder of a trained denoiser, or a file of Neighbor2Neighbor's weights"),
     "tile": (1024, "higher images go through in overlapping strips of so many rows"),
+}
+GROUPS = {
+    "train": {"data": c.DATA_FLAGS, "train": TRAIN_FLAGS,
+              "running": c.RUNNING_FLAGS | c.TRAINING_FLAGS},
+    "apply": {"data": c.DATA_FLAGS, "apply": APPLY_FLAGS, "running": c.RUNNING_FLAGS},
 }
 POSITIVE = ("epochs", "batch_size", "patch", "width", "lr", "log_steps", "tile")
 STATE = {"model", "optimizer", "scaler", "position", "config"}  # what a checkpoint holds
@@ -64,15 +64,10 @@ def read_config(argv):
     if command in ("-h", "--help"):
         print(__doc__)
         sys.exit()
-    if command == "train":
-        training = {"train": TRAIN_FLAGS, "running": c.RUNNING_FLAGS | c.TRAINING_FLAGS}
-        groups, presets = {"data": c.DATA_FLAGS, **training}, PRESETS
-    elif command == "apply":
-        groups = {"data": c.DATA_FLAGS, "apply": APPLY_FLAGS, "running": c.RUNNING_FLAGS}
-        presets = dict.fromkeys(PRESETS, {})
-    else:
+    if command not in GROUPS:
         raise UserError(f"denoise.py {command}: use train or apply; train --help, apply --help")
-    args = c.read_flags(argv[1:], __doc__, presets, groups, positive=POSITIVE)
+    presets = PRESETS if command == "train" else dict.fromkeys(PRESETS, {})
+    args = c.read_flags(argv[1:], __doc__, presets, GROUPS[command], positive=POSITIVE)
     if command == "apply" and not args.denoiser:
         raise UserError("apply needs --denoiser, the folder that denoise.py train wrote")
     if command == "apply" and args.tile % 32:
@@ -84,7 +79,6 @@ def read_config(argv):
 class UNet(nn.Module):
     """Noise2Noise's U-Net with Neighbor2Neighbor's names: noisy (B, C, H, W) to denoised, H and W
     multiples of 2 ** depth. 1,259,475 weights at 3 channels, width 48, depth 5."""
-
     def __init__(self, channels=3, width=48, depth=5, init_scale=0.1):
         super().__init__()
         self.depth = depth
@@ -166,18 +160,18 @@ def patch_plan(sizes, most):
     return math.ceil(side / cell) * cell, depth
 
 
-def reflect_to(images, height, width):
-    """(..., H, W) reflected at the bottom and right to at least `height` x `width`, however far."""
-    H, W = images.shape[-2:]
-    margins = [(0, 0)] * (images.ndim - 2) + [(0, max(0, height - H)), (0, max(0, width - W))]
+def reflect(images, rows, columns):
+    """(..., H, W) with so many more rows below and columns on the right, reflected, however far."""
+    margins = [(0, 0)] * (images.ndim - 2) + [(0, rows), (0, columns)]
     return torch.from_numpy(np.pad(images.numpy(), margins, mode="reflect"))
 
 
 def cut_patch(image, patch, rng):
     """A random patch (C, patch, patch) of an image (C, H, W); short sides are reflected."""
-    image = reflect_to(image, patch, patch)
+    _, H, W = image.shape
+    image = reflect(image, max(0, patch - H), max(0, patch - W))
     top, left = (torch.randint(n - patch + 1, (), generator=rng) for n in image.shape[1:])
-    return image[:, top : top + patch, left : left + patch]
+    return image[:, top:top + patch, left:left + patch]
 
 
 # ==== application =================================================================================
@@ -189,15 +183,15 @@ def denoise(model, images, device, tile=1024, context=c.nullcontext):
     """uint8 (B, C, H, W) of any size on the host to the same, denoised; in strips of `tile` rows."""
     H, W = images.shape[2:]
     cell = 2**model.depth
-    x = reflect_to(images, math.ceil(H / cell) * cell, math.ceil(W / cell) * cell)
+    x = reflect(images, -H % cell, -W % cell)
     strips = []
-    for top in range(0, x.shape[2], tile):
+    for top in range(0, H, tile):
         first = max(0, top - MARGIN)
-        strip = x[:, :, first : top + tile + MARGIN].to(device) / 255
+        strip = x[:, :, first:top + tile + MARGIN].to(device) / 255
         with context():
             y = model(strip.contiguous(memory_format=torch.channels_last)).float()
         y = c.to_uint8(y.clamp(0, 1)).cpu()
-        strips.append(y[:, :, top - first : top - first + tile])
+        strips.append(y[:, :, top - first:][:, :, :tile])
     return torch.cat(strips, 2)[:, :, :H, :W]
 
 
@@ -212,8 +206,9 @@ def denoise_list(model, images, device, tile=1024, context=c.nullcontext):
 
 
 def load_denoiser(path, device):
-    """(U-Net in evaluation mode, {flag: value} of the noise it was trained on) from a folder that `train` finished; or
-    from a file of Neighbor2Neighbor's weights, a plain state dict, whose noise nobody knows. Raises UserError."""
+    """(U-Net in evaluation mode, {flag: value} of the noise it was trained on) from a folder that
+    `train` finished; or from a file of Neighbor2Neighbor's weights, a plain state dict, whose noise
+    nobody knows. Raises UserError."""
     path, noise = Path(path), {}
     state = c.load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
     if "config" in state:
@@ -224,14 +219,12 @@ def load_denoiser(path, device):
     try:
         weights = {k.removeprefix("module."): v for k, v in state.get("model", state).items()}
         width, channels = weights["enc_conv0.weight"].shape[:2]
-        depth = sum("enc_conv" in k and "weight" in k for k in weights) - 2
+        depth = sum(k.startswith("enc_conv") for k in weights) // 2 - 2  # weight and bias each
         model = UNet(channels, width, depth)
         model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"{path}: is no denoiser, a U-Net of Neighbor2Neighbor ({reason})"
-        ) from None
+        raise UserError(f"{path}: is no denoiser, a U-Net of Neighbor2Neighbor ({reason})") from None
     return model.to(device, memory_format=torch.channels_last).eval(), noise
 
 
@@ -272,41 +265,32 @@ def quality(model, folder, device, context, most=32):
         if folder.spec != "none":
             clean = folder.read(i, "clean") / 255
             expected = expected_noisy(clean, folder.spec, folder.paths[i], folder.seed)
-            row |= {
-                "noisy_clean": psnr(noisy, clean),
-                "denoised_clean": psnr(denoised, clean),
-                "noisy_expected": psnr(noisy, expected),
-                "denoised_expected": psnr(denoised, expected),
-            }
+            row |= {"noisy_clean": psnr(noisy, clean), "denoised_clean": psnr(denoised, clean),
+                    "noisy_expected": psnr(noisy, expected),
+                    "denoised_expected": psnr(denoised, expected)}
         rows.append(row)
-    return {k: round(np.mean([row[k] for row in rows]).item(), 3) for k in rows[0]}
+    means = np.mean([list(row.values()) for row in rows], axis=0)
+    return dict(zip(rows[0], means.round(3).tolist(), strict=True))
 
 
 def report(q, split):
     """Say what to expect of a denoiser with this quality."""
     if "noisy_clean" in q:
-        c.say(
-            f"{split:5} PSNR in dB    noisy  denoised\n"
-            f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
-            f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}"
-        )
+        c.say(f"{split:5} PSNR in dB    noisy  denoised\n"
+              f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
+              f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}")
     if q["autocorrelation"] > 0.25:
-        print(
-            f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the "
-            "noise looks spatially correlated (resized, compressed or demosaiced images?); "
-            "Neighbor2Neighbor keeps such noise. Bring denoised images of your own with "
-            "--denoised, or noisy images at native resolution",
-            file=sys.stderr,
-        )
+        print(f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the noise "
+              "looks spatially correlated (resized, compressed or demosaiced images?); "
+              "Neighbor2Neighbor keeps such noise. Bring denoised images of your own with "
+              "--denoised, or noisy images at native resolution", file=sys.stderr)
 
 
 # ==== train =======================================================================================
 def train(args, device):
-    out, split = Path(args.out), "train"
-    folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
-    tested = folder
+    out = Path(args.out)
+    tested = folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
     if (folder.data / "val").is_dir():
-        split = "val"
         tested = c.Folder(args.data, "val", args.noise, args.noise_seed, channels=folder.channels)
     config = vars(args) | {"data": folder.fingerprint()}
     state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
@@ -324,10 +308,9 @@ def train(args, device):
     if fit(args, model, folder, patch, device, state, config):
         return c.EXIT_STOPPED
     if c.world()[0] == 0:
-        context, _ = c.autocast(device, args.amp)
-        measured = quality(model.eval(), tested, device, context)
+        measured = quality(model.eval(), tested, device, c.autocast(device, args.amp)[0])
         c.write_json(out / "quality.json", measured)
-        report(measured, split)
+        report(measured, tested.split)
     return 0
 
 
@@ -335,16 +318,16 @@ def fit(args, model, folder, patch, device, state, config):
     """Train from the state's position to the last epoch; True where a signal stopped it."""
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     context, scaler = c.autocast(device, args.amp)
-    parts, position = {"model": model, "optimizer": optimizer, "scaler": scaler}, (0, 0, 0.0)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    position = (0, 0, 0.0)
     if state:
         position = state["position"]
         c.load_parts(parts, state)
 
     def save(position):
         state = {name: part.state_dict() for name, part in parts.items()}
-        c.save_checkpoint(
-            Path(args.out) / "checkpoint.pth", {**state, "position": position, "config": config}
-        )
+        state |= {"position": position, "config": config}
+        c.save_checkpoint(Path(args.out) / "checkpoint.pth", state)
 
     chosen = folder.spread(args.subset or len(folder))
     folder.hold(["noisy"], args.cache_gb, args.workers)
@@ -361,10 +344,10 @@ def fit(args, model, folder, patch, device, state, config):
             pairs.append(draw_pairs(patch, patch, rng))
         return [torch.stack(patches), torch.stack(pairs)]
 
+    group, = optimizer.param_groups
     for patches, pairs in loop.batches(make, args.epochs):
         halvings = 5 * loop.epoch // args.epochs  # at 20, 40, 60, 80 % of the epochs
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * 0.5**halvings
+        group["lr"] = args.lr * 0.5**halvings
         ramp = args.ramp * (loop.epoch + 1) / args.epochs
         y = (patches / 255).contiguous(memory_format=torch.channels_last)
         with context():
@@ -375,7 +358,7 @@ def fit(args, model, folder, patch, device, state, config):
         scaler.step(optimizer)
         scaler.update()
         losses = {"total": loss, "reconstruction": reconstruction, "regulariser": regulariser}
-        if loop.tick(losses, {"lr": optimizer.param_groups[0]["lr"]}):
+        if loop.tick(losses, {"lr": group["lr"]}):
             return True
     loop.close()
     return False
@@ -385,40 +368,33 @@ def fit(args, model, folder, patch, device, state, config):
 CHUNK = 16  # consecutive images that go through together, whatever is already made and by whom
 
 
-def check_target(args, out, model):
+def check_target(args, splits, model):
     """--out must be a copy of the same images by the same denoiser, or new. Raises UserError."""
-    data, found = Path(args.data).resolve(), c.list_images(out)
-    roots = [data / s for s in ("train", "val") if (data / s).is_dir()] or [data]
-    if out.resolve() == data or any(out.resolve().is_relative_to(root) for root in roots):
+    out, data = Path(args.out), Path(args.data).resolve()
+    place = out.resolve()
+    if place == data or any(place.is_relative_to(data / split) for split in splits or [""]):
         raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another")
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
-    maker = {
-        "denoiser": hashlib.sha256(weights).hexdigest()[:32],
-        "noise": args.noise,
-        "noise_seed": args.noise_seed,
-    }
-    note = out / "made_by.json"
+    maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32],
+             "noise": args.noise, "noise_seed": args.noise_seed}
+    note, found = out / "made_by.json", c.list_images(out)
     if note.exists():
         c.check_config(c.read_json(note), maker, (), out)
     elif found:
-        raise UserError(
-            f"--out {out}: holds images that apply did not make, {found[0]} first; "
-            "name another folder"
-        )
+        raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; "
+                        "name another folder")
     elif c.world()[0] == 0:
         c.write_json(note, maker)
 
 
 def picture(x):
     """uint8 (C, H, W) as a Pillow image; of other than 1 or 3 channels the first."""
-    if len(x) == 3:
-        return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
-    return Image.fromarray(x[0].contiguous().numpy())
+    shown = x if len(x) == 3 else x[:1]
+    return Image.fromarray(shown.permute(1, 2, 0).squeeze(2).numpy())
 
 
 def write_image(path, x):
     """uint8 (C, H, W) as .png or .npy, whole or not at all."""
-
     def write(file):
         if path.suffix == ".npy":
             np.save(file, x.permute(1, 2, 0).contiguous().numpy())
@@ -429,65 +405,59 @@ def write_image(path, x):
 
 
 def apply(args, device):
-    out, channels = Path(args.out), None
     context, _ = c.autocast(device, args.amp)
     model, trained = load_denoiser(args.denoiser, device)
     for k, value in trained.items():
         if value != getattr(args, k):
             c.say(f"warning: the denoiser was trained with --{k} {value}, now {getattr(args, k)}")
-    check_target(args, out, model)
-    splits = [s for s in ("train", "val") if (Path(args.data) / s).is_dir()]
+    splits = [s for s in ("train", "val") if Path(args.data, s).is_dir()]
+    check_target(args, splits, model)
+    channels, wanted = None, model.enc_conv0.in_channels
     for split in splits or ["train"]:
         folder = c.Folder(args.data, split, args.noise, args.noise_seed, channels=channels)
         channels = folder.channels  # for which grey images of val may serve
-        if channels != model.enc_conv0.in_channels:
-            raise UserError(
-                f"{args.data}: {channels} channels, not the denoiser's "
-                f"{model.enc_conv0.in_channels}"
-            )
-        apply_split(args, model, folder, split, device, context)
+        if channels != wanted:
+            raise UserError(f"{args.data}: {channels} channels, not the denoiser's {wanted}")
+        apply_split(args, model, folder, device, context)
     return 0
 
 
-def apply_split(args, model, folder, split, device, context):
-    out, (rank, size) = Path(args.out), c.world()
+def apply_split(args, model, folder, device, context):
     suffix = ".png" if folder.channels in (1, 3) else ".npy"
-    targets = [out / (stem + suffix) for stem in folder.stems()]
+    targets = [Path(args.out, stem + suffix) for stem in folder.stems()]
 
-    def missing(i):  # or broken: a crash of the machine may have left anything
-        try:
-            c.read_shape(targets[i])
-        except UserError:
-            return i
+    def made(path):  # whole: a crash of the machine may have left anything
+        with suppress(UserError):
+            return c.read_shape(path)
 
     def read(*chunk):
         return [folder.read(i) for i in chunk]
 
-    todo = set(c.parallel(missing, range(len(folder)), "made")) - {None}
-    c.say(f"{split}: {len(folder) - len(todo)} of {len(folder)} already denoised")
-    chunks = list(torch.arange(len(folder)).split(CHUNK))[rank::size]
-    chunks = [chunk.tolist() for chunk in chunks if todo.intersection(chunk.tolist())]
+    def write(i, x):
+        if i in todo:
+            write_image(targets[i], x)
+
+    shapes = c.parallel(made, targets, "made")
+    todo = {i for i, shape in enumerate(shapes) if not shape}
+    total, (rank, size) = len(folder), c.world()
+    c.say(f"{folder.split}: {total - len(todo)} of {total} already denoised")
+    chunks = [chunk.tolist() for chunk in torch.arange(total).split(CHUNK)]
+    chunks = [chunk for chunk in chunks[rank::size] if not todo.isdisjoint(chunk)]
     images = c.prefetch(read, chunks, torch.device("cpu"), args.workers)
-    bar = tqdm(chunks, f"denoise {split}", disable=rank > 0 or None, unit=f"{CHUNK} images")
+    bar = tqdm(chunks, f"denoise {folder.split}", disable=rank > 0 or None, unit=f"{CHUNK} images")
     with ThreadPoolExecutor(args.workers or 1) as pool:
-        writing = []  # the chunk before is written while the device works on the next
-        for chunk in bar:
-            results = denoise_list(model, next(images), device, args.tile, context)
-            for task in writing:
-                task.result()
-            writing = [
-                pool.submit(write_image, targets[i], x)
-                for i, x in zip(chunk, results, strict=True)
-                if i in todo
-            ]
-        for task in writing:
-            task.result()
+        written = ()  # the chunk before is written while the device works on the next
+        for chunk, noisy in zip(bar, images, strict=True):
+            results = denoise_list(model, noisy, device, args.tile, context)
+            list(written)  # waits, and raises what went wrong
+            written = pool.map(write, chunk, results)
+        list(written)
 
 
 def main(argv=None):
     command, args = read_config(sys.argv[1:] if argv is None else argv)
-    device = c.setup(args.device)
-    return train(args, device) if command == "train" else apply(args, device)
+    stage = train if command == "train" else apply
+    return stage(args, c.setup(args.device))
 
 
 if __name__ == "__main__":
