@@ -1,5 +1,4 @@
-"""Stage 1: Neighbor2Neighbor on noisy images alone (arXiv 2101.02824), then a denoised copy of the
-data set.
+"""Stage 1: Neighbor2Neighbor (arXiv 2101.02824) on noisy images alone, then a denoised copy of them.
 
     python denoise.py train --preset tiny --data DIR --noise gauss100 --out OUT/denoiser
     python denoise.py apply --preset tiny --data DIR --noise gauss100 --denoiser OUT/denoiser \\
@@ -8,10 +7,10 @@ data set.
 
 In: DIR/{train,val}/... or any folder of images. Out of train: checkpoint.pth, log.jsonl,
 config.json, quality.json. Out of apply: the same relative paths, 8-bit .png (.npy where channels
-are not 1 or 3). Both go on where they stopped when the same command is given again; an interrupted
-run exits with code 75.
+are not 1 or 3). Interrupted, both exit with code 75; the same command goes on.
 """
 
+import functools
 import hashlib
 import math
 import sys
@@ -50,8 +49,7 @@ APPLY_FLAGS = {
     "tile": (1024, "higher images go through in overlapping strips of so many rows"),
 }
 GROUPS = {
-    "train": {"data": c.DATA_FLAGS, "train": TRAIN_FLAGS,
-              "running": c.RUNNING_FLAGS | c.TRAINING_FLAGS},
+    "train": {"data": c.DATA_FLAGS, "train": TRAIN_FLAGS | c.TRAINING_FLAGS, "running": c.RUNNING_FLAGS},
     "apply": {"data": c.DATA_FLAGS, "apply": APPLY_FLAGS, "running": c.RUNNING_FLAGS},
 }
 POSITIVE = ("epochs", "batch_size", "patch", "width", "lr", "log_steps", "tile")
@@ -68,10 +66,11 @@ def read_config(argv):
         raise UserError(f"denoise.py {command}: use train or apply; train --help, apply --help")
     presets = PRESETS if command == "train" else dict.fromkeys(PRESETS, {})
     args = c.read_flags(argv[1:], __doc__, presets, GROUPS[command], positive=POSITIVE)
-    if command == "apply" and not args.denoiser:
-        raise UserError("apply needs --denoiser, the folder that denoise.py train wrote")
-    if command == "apply" and args.tile % 32:
-        raise UserError(f"--tile {args.tile}: must be a multiple of 32")
+    if command == "apply":
+        if not args.denoiser:
+            raise UserError("apply needs --denoiser, the folder that denoise.py train wrote")
+        if args.tile % 32:
+            raise UserError(f"--tile {args.tile}: must be a multiple of 32")
     return command, args
 
 
@@ -174,6 +173,18 @@ def cut_patch(image, patch, rng):
     return image[:, top:top + patch, left:left + patch]
 
 
+def make_batch(args, folder, chosen, patch, mine, epoch, step, indices):
+    """One process's noisy patches of a step, uint8 (B, C, patch, patch), and their pairs. indices:
+    the global batch, of places in the list of chosen images; mine: the slice of this process."""
+    patches, pairs = [], []
+    for k in indices[mine]:
+        i = chosen[k]
+        rng = c.generator(args.seed, epoch, folder.paths[i])
+        patches.append(cut_patch(folder.read(i), patch, rng))
+        pairs.append(draw_pairs(patch, patch, rng))
+    return [torch.stack(patches), torch.stack(pairs)]
+
+
 # ==== application =================================================================================
 MARGIN = 160  # rows of context around a strip: the U-Net's reach (157), rounded up
 
@@ -219,12 +230,11 @@ def load_denoiser(path, device):
     try:
         weights = {k.removeprefix("module."): v for k, v in state.get("model", state).items()}
         width, channels = weights["enc_conv0.weight"].shape[:2]
-        depth = sum(k.startswith("enc_conv") for k in weights) // 2 - 2  # weight and bias each
+        depth = sum(k.startswith("up") for k in weights) // 2  # weight and bias each
         model = UNet(channels, width, depth)
         model.load_state_dict(weights)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: is no denoiser, a U-Net of Neighbor2Neighbor ({reason})") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path}: is no denoiser, no U-Net of Neighbor2Neighbor's layers") from None
     return model.to(device, memory_format=torch.channels_last).eval(), noise
 
 
@@ -258,9 +268,8 @@ def quality(model, folder, device, context, most=32):
     makes them known, PSNR (dB) of noisy and denoised against clean and E[noisy | clean]."""
     rows = []
     for i in folder.spread(most):
-        noisy = folder.read(i)
-        denoised = denoise(model, noisy[None], device, context=context)[0] / 255
-        noisy = noisy / 255
+        image = folder.read(i)
+        noisy, denoised = image / 255, denoise(model, image[None], device, context=context)[0] / 255
         row = {"autocorrelation": autocorrelation(noisy - denoised)}
         if folder.spec != "none":
             clean = folder.read(i, "clean") / 255
@@ -276,9 +285,10 @@ def quality(model, folder, device, context, most=32):
 def report(q, split):
     """Say what to expect of a denoiser with this quality."""
     if "noisy_clean" in q:
-        c.say(f"{split:5} PSNR in dB    noisy  denoised\n"
-              f"against clean     {q['noisy_clean']:7.2f} {q['denoised_clean']:8.2f}\n"
-              f"against E[noisy]  {q['noisy_expected']:7.2f} {q['denoised_expected']:8.2f}")
+        table = ("PSNR in dB    noisy  denoised\n"
+                 "against clean     {noisy_clean:7.2f} {denoised_clean:8.2f}\n"
+                 "against E[noisy]  {noisy_expected:7.2f} {denoised_expected:8.2f}")
+        c.say(f"{split:5} {table.format_map(q)}")
     if q["autocorrelation"] > 0.25:
         print(f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the noise "
               "looks spatially correlated (resized, compressed or demosaiced images?); "
@@ -292,58 +302,45 @@ def train(args, device):
     tested = folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
     if (folder.data / "val").is_dir():
         tested = c.Folder(args.data, "val", args.noise, args.noise_seed, channels=folder.channels)
-    config = vars(args) | {"data": folder.fingerprint()}
-    state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
-    if state:
-        c.check_config(state["config"], config, c.FREE, out)
-        if state["position"][0] == args.epochs and (out / "quality.json").exists():
-            c.say(f"{out}: complete, nothing to do")
-            return 0
-    if c.world()[0] == 0:
-        c.write_json(out / "config.json", vars(args))
     torch.manual_seed(args.seed)
     patch, depth = patch_plan(folder.shapes[:, :2], args.patch)
     model = UNet(folder.channels, args.width, depth, args.init_scale)
     model.to(device, memory_format=torch.channels_last)
-    if fit(args, model, folder, patch, device, state, config):
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    context, scaler = c.autocast(device, args.amp)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    config, position = vars(args) | {"data": folder.fingerprint()}, (0, 0, 0.0)
+    state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
+    if state:
+        c.check_config(state["config"], config, c.FREE, out)
+        position = state["position"]
+        if position[0] == args.epochs and (out / "quality.json").exists():
+            c.say(f"{out}: complete, nothing to do")
+            return 0
+        c.load_parts(parts, state)
+    if c.world()[0] == 0:
+        c.write_json(out / "config.json", vars(args))
+
+    def save(position):
+        state = {name: part.state_dict() for name, part in parts.items()}
+        c.save_checkpoint(out / "checkpoint.pth", state | {"position": position, "config": config})
+
+    chosen = folder.spread(args.subset or len(folder))
+    folder.hold(["noisy"], args.cache_gb, args.workers)
+    loop = c.Loop(args, len(chosen), position, device, save)
+    make = functools.partial(make_batch, args, folder, chosen, patch, loop.mine)
+    if fit(args, loop, make, context, **parts):
         return c.EXIT_STOPPED
     if c.world()[0] == 0:
-        measured = quality(model.eval(), tested, device, c.autocast(device, args.amp)[0])
+        measured = quality(model.eval(), tested, device, context)
         c.write_json(out / "quality.json", measured)
         report(measured, tested.split)
     return 0
 
 
-def fit(args, model, folder, patch, device, state, config):
-    """Train from the state's position to the last epoch; True where a signal stopped it."""
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    context, scaler = c.autocast(device, args.amp)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    position = (0, 0, 0.0)
-    if state:
-        position = state["position"]
-        c.load_parts(parts, state)
-
-    def save(position):
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"position": position, "config": config}
-        c.save_checkpoint(Path(args.out) / "checkpoint.pth", state)
-
-    chosen = folder.spread(args.subset or len(folder))
-    folder.hold(["noisy"], args.cache_gb, args.workers)
+def fit(args, loop, make, context, model, optimizer, scaler):
+    """Train from the loop's position to the last epoch; True where a signal stopped it."""
     net = nn.parallel.DistributedDataParallel(model) if c.world()[1] > 1 else model
-    loop = c.Loop(args, len(chosen), position, device, save)
-
-    def make(epoch, step, indices):
-        """This process's noisy patches of one step (B, C, patch, patch), and their pairs."""
-        patches, pairs = [], []
-        for k in indices[loop.mine]:
-            i = chosen[k]
-            rng = c.generator(args.seed, epoch, folder.paths[i])
-            patches.append(cut_patch(folder.read(i), patch, rng))
-            pairs.append(draw_pairs(patch, patch, rng))
-        return [torch.stack(patches), torch.stack(pairs)]
-
     group, = optimizer.param_groups
     for patches, pairs in loop.batches(make, args.epochs):
         halvings = 5 * loop.epoch // args.epochs  # at 20, 40, 60, 80 % of the epochs
@@ -371,8 +368,7 @@ CHUNK = 16  # consecutive images that go through together, whatever is already m
 def check_target(args, splits, model):
     """--out must be a copy of the same images by the same denoiser, or new. Raises UserError."""
     out, data = Path(args.out), Path(args.data).resolve()
-    place = out.resolve()
-    if place == data or any(place.is_relative_to(data / split) for split in splits or [""]):
+    if any((out.resolve() / split).is_relative_to(data / split) for split in splits or [""]):
         raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another")
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
     maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32],
@@ -426,23 +422,23 @@ def apply_split(args, model, folder, device, context):
     suffix = ".png" if folder.channels in (1, 3) else ".npy"
     targets = [Path(args.out, stem + suffix) for stem in folder.stems()]
 
-    def made(path):  # whole: a crash of the machine may have left anything
+    def is_missing(path):  # or broken: a crash of the machine may have left anything
         with suppress(UserError):
-            return c.read_shape(path)
+            return not c.read_shape(path)
+        return True
 
     def read(*chunk):
         return [folder.read(i) for i in chunk]
 
     def write(i, x):
-        if i in todo:
+        if missing[i]:
             write_image(targets[i], x)
 
-    shapes = c.parallel(made, targets, "made")
-    todo = {i for i, shape in enumerate(shapes) if not shape}
+    missing = torch.tensor(c.parallel(is_missing, targets, "made"))
     total, (rank, size) = len(folder), c.world()
-    c.say(f"{folder.split}: {total - len(todo)} of {total} already denoised")
-    chunks = [chunk.tolist() for chunk in torch.arange(total).split(CHUNK)]
-    chunks = [chunk for chunk in chunks[rank::size] if not todo.isdisjoint(chunk)]
+    c.say(f"{folder.split}: {total - missing.sum()} of {total} already denoised")
+    chunks = torch.arange(total).split(CHUNK)[rank::size]
+    chunks = [chunk.tolist() for chunk in chunks if missing[chunk].any()]
     images = c.prefetch(read, chunks, torch.device("cpu"), args.workers)
     bar = tqdm(chunks, f"denoise {folder.split}", disable=rank > 0 or None, unit=f"{CHUNK} images")
     with ThreadPoolExecutor(args.workers or 1) as pool:
