@@ -95,8 +95,8 @@ class UNet(nn.Module):
         self.convolution("nin_a", wide, wide, size=1)
         self.convolution("nin_b", wide, wide, size=1)
         self.convolution("nin_c", wide, channels, size=1)
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
+        for p in self.parameters():
+            if p.ndim == 1:  # biases
                 nn.init.zeros_(p)
             else:
                 nn.init.kaiming_normal_(p)
@@ -213,13 +213,12 @@ def denoise_list(model, images, device, tile=1024, context=c.nullcontext):
         same = [i for i, x in enumerate(images) if x.shape == shape]
         batch = denoise(model, torch.stack([images[i] for i in same]), device, tile, context)
         results |= zip(same, batch, strict=True)
-    return [results[i] for i in range(len(images))]
+    return [results[i] for i in sorted(results)]
 
 
 def load_denoiser(path, device):
-    """(U-Net in evaluation mode, {flag: value} of the noise it was trained on) from a folder that
-    `train` finished; or from a file of Neighbor2Neighbor's weights, a plain state dict, whose noise
-    nobody knows. Raises UserError."""
+    """(U-Net in evaluation mode, {flag: value} of its noise) from a folder that `train` finished; or
+    from a file of Neighbor2Neighbor's weights, whose noise nobody knows. Raises UserError."""
     path, noise = Path(path), {}
     state = c.load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
     if "config" in state:
@@ -275,8 +274,7 @@ def quality(model, folder, device, context, most=32):
             clean = folder.read(i, "clean") / 255
             expected = expected_noisy(clean, folder.spec, folder.paths[i], folder.seed)
             row |= {"noisy_clean": psnr(noisy, clean), "denoised_clean": psnr(denoised, clean),
-                    "noisy_expected": psnr(noisy, expected),
-                    "denoised_expected": psnr(denoised, expected)}
+                    "noisy_expected": psnr(noisy, expected), "denoised_expected": psnr(denoised, expected)}
         rows.append(row)
     means = np.mean([list(row.values()) for row in rows], axis=0)
     return dict(zip(rows[0], means.round(3).tolist(), strict=True))
@@ -350,7 +348,7 @@ def fit(args, loop, make, context, model, optimizer, scaler):
         with context():
             reconstruction, regulariser = n2n_losses(net, y, pairs, ramp)
         loss = reconstruction + regulariser
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -377,8 +375,7 @@ def check_target(args, splits, model):
     if note.exists():
         c.check_config(c.read_json(note), maker, (), out)
     elif found:
-        raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; "
-                        "name another folder")
+        raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; name another folder")
     elif c.world()[0] == 0:
         c.write_json(note, maker)
 
@@ -391,12 +388,9 @@ def picture(x):
 
 def write_image(path, x):
     """uint8 (C, H, W) as .png or .npy, whole or not at all."""
-    def write(file):
-        if path.suffix == ".npy":
-            np.save(file, x.permute(1, 2, 0).contiguous().numpy())
-        else:
-            picture(x).save(file, "PNG", compress_level=3)
-
+    write = functools.partial(picture(x).save, format="PNG", compress_level=3)
+    if path.suffix == ".npy":
+        write = functools.partial(np.save, arr=x.permute(1, 2, 0).contiguous().numpy())
     c.write_atomic(path, write, sync=False)
 
 

@@ -9,10 +9,10 @@ A noise curriculum is two runs. Without the last two flags it is NC, with them N
     python pretrain.py ... --source noisy --epochs 4 --init OUT/first/epoch6.pth --out OUT/nct \\
         --denoised DENOISED --anchor 4
 
+On several GPUs: torchrun --nproc_per_node 8 -- pretrain.py ...
 In: any folder of images, or DIR/train, and its denoised copy. Out: checkpoint.pth, log.jsonl,
 config.json, and at the end backbone.pth (the teacher's ViT) and summary.json. Interrupted, it exits
-with code 75; the same command goes on, on CPUs bit for bit. On several GPUs:
-torchrun --nproc_per_node 8 -- pretrain.py ...
+with code 75; the same command goes on, on CPUs bit for bit.
 """
 
 import functools
@@ -20,6 +20,7 @@ import math
 import random
 import resource
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -29,8 +30,7 @@ import common as c
 from common import UserError
 
 # ==== config: presets are defaults that flags override ============================================
-# short runs of a narrow ViT: a high rate in all layers, LayerScale 1, a sharp teacher, or they
-# learn nothing in time
+# short runs of a narrow ViT: without a high rate everywhere and LayerScale 1 they learn nothing
 SMALL = {
     "arch": "128,4,4", "patch_size": 16, "global_size": 64, "local_size": 32, "local_crops": 2,
     "batch_size": 64, "prototypes": 512, "head_hidden": 256, "head_bottleneck": 64,
@@ -40,59 +40,56 @@ SMALL = {
 }
 PRESETS = {
     "demo": SMALL | {"epochs": 12},
-    "tiny": SMALL | {"epochs": 10, "patch_size": 8, "global_size": 48, "local_size": 24,
-                     "lr": 0.004},
+    "tiny": SMALL | {"epochs": 10, "patch_size": 8, "global_size": 48, "local_size": 24, "lr": 0.004},
     "imagenet100": {"epochs": 200, "batch_size": 40},  # the paper's: the rest are flags' defaults
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "batch_size": 512, "drop_path": 0.1},
 }
-CURRICULUM_FLAGS = {
-    "source": ("noisy", "the images of this run: noisy, denoised or clean"),
-    "denoised": ("", "folder of denoised images, same relative paths"),
-    "epochs": (200, "length of the run, which its schedules are made for; 0: random weights"),
-    "stop": (0, "end after so many epochs, saved as epochN.pth; without it the command goes on"),
-    "init": ("", "checkpoint, or folder of a run (as far as it has come), whose student, teacher, "
-             "heads and centres to start from; the rest starts anew (the paper's restart)"),
-    "init_backbone": ("", "ViT weights (ours, DINOv2's, the release's, timm's) to start from"),
-    "anchor": (0.0, "weight of the frozen teacher on denoised crops; 1 to 5 is usual"),
-    "anchor_from": ("", "as --init, whose teacher is the anchor instead of --init's"),
-    "anchor_head": ("frozen", "the anchor's own head (the paper) or the live teacher's (its code)"),
-}
-MODEL_FLAGS = {
-    "arch": ("vit_small", "vit_tiny, vit_small, vit_base, vit_large or WIDTH,DEPTH,HEADS"),
-    "patch_size": (16, "pixels; divides both crop sizes"),
-    "registers": (0, "register tokens"),
-    "layer_scale": (1e-5, "initial LayerScale; 0.1-1 for runs of a few thousand steps"),
-    "drop_path": (0.0, "stochastic depth of the student; 0.1 for ImageNet-1k"),
-    "prototypes": (65536, "outputs of the head, K; far more than images x 10 are of no use"),
-    "head_hidden": (2048, "hidden width of the head"),
-    "head_bottleneck": (256, "width before the prototypes"),
-}
-CROP_FLAGS = {
-    "global_size": (224, "pixels of the two global crops"),
-    "local_size": (96, "pixels of the local crops"),
-    "local_crops": (8, "number of local crops"),
-    "global_scale": ([0.32, 1.0], "area of a global crop, as a part of the image"),
-    "local_scale": ([0.05, 0.32], "area of a local crop"),
-}
-OPTIMISER_FLAGS = {
-    "batch_size": (64, "images a step over all processes"),
-    "lr": (0.004, "at batch 1024; scaled by sqrt(batch / 1024)"),
-    "warmup_epochs": (10.0, "linear warm-up of the rate"),
-    "weight_decay": ([0.04, 0.4], "at the start and, along a cosine, at the end"),
-    "layer_decay": (0.9, "learning-rate factor from block to block"),
-    "patch_embed_lr": (0.2, "that of the patch embedding; 1 for runs of a few thousand steps"),
-    "clip": (3.0, "gradient norm of backbone and of head, each"),
-    "freeze_last_epochs": (1, "epochs in which the prototypes do not learn"),
-    "momentum": (0.992, "teacher's EMA at the start, 1 at the end; 0.99 for short runs"),
-    "teacher_temp": (0.07, "after its warm-up from 0.04; above 0.07 is unstable"),
-    "teacher_temp_warmup_epochs": (30.0, "linear warm-up of the temperature"),
-    "centering": ("center", "of the teacher's outputs"),
-    "ibot_weight": (1.0, "weight of the masked-patch loss"),
-    "koleo_weight": (0.1, "weight of the nearest-neighbour spreading loss"),
-}
-GROUPS = {
-    "data": c.DATA_FLAGS, "curriculum": CURRICULUM_FLAGS, "model": MODEL_FLAGS, "crops": CROP_FLAGS,
-    "optimiser": OPTIMISER_FLAGS,
+FLAGS = {
+    "data": c.DATA_FLAGS,
+    "curriculum": {
+        "source": ("noisy", "the images of this run: noisy, denoised or clean"),
+        "denoised": ("", "folder of denoised images, same relative paths"),
+        "epochs": (200, "length of the run, which its schedules are made for; 0: random weights"),
+        "stop": (0, "end after so many epochs, saved as epochN.pth; the same command without it goes on to --epochs"),
+        "init": ("", "checkpoint or folder of a run whose networks and centres to start from (restart)"),
+        "init_backbone": ("", "ViT weights (ours, DINOv2's, the release's, timm's) to start from"),
+        "anchor": (0.0, "weight of the frozen teacher on denoised crops; 1 to 5 is usual"),
+        "anchor_from": ("", "as --init, whose teacher is the anchor instead of --init's"),
+        "anchor_head": ("frozen", "the anchor's own head (the paper) or the live teacher's (its code)"),
+    },
+    "model": {
+        "arch": ("vit_small", "vit_tiny, vit_small, vit_base, vit_large or WIDTH,DEPTH,HEADS"),
+        "patch_size": (16, "pixels; divides both crop sizes"),
+        "registers": (0, "register tokens"),
+        "layer_scale": (1e-5, "initial LayerScale; 0.1-1 for runs of a few thousand steps"),
+        "drop_path": (0.0, "stochastic depth of the student; 0.1 for ImageNet-1k"),
+        "prototypes": (65536, "outputs of the head, K; far more than images x 10 are of no use"),
+        "head_hidden": (2048, "hidden width of the head"),
+        "head_bottleneck": (256, "width before the prototypes"),
+    },
+    "crops": {
+        "global_size": (224, "pixels of the two global crops"),
+        "local_size": (96, "pixels of the local crops"),
+        "local_crops": (8, "number of local crops"),
+        "global_scale": ([0.32, 1.0], "area of a global crop, as a part of the image"),
+        "local_scale": ([0.05, 0.32], "area of a local crop"),
+    },
+    "optimiser": {
+        "batch_size": (64, "images a step over all processes"),
+        "lr": (0.004, "at batch 1024; scaled by sqrt(batch / 1024)"),
+        "warmup_epochs": (10.0, "linear warm-up of the rate"),
+        "weight_decay": ([0.04, 0.4], "at the start and, along a cosine, at the end"),
+        "layer_decay": (0.9, "learning-rate factor from block to block"),
+        "patch_embed_lr": (0.2, "that of the patch embedding; 1 for runs of a few thousand steps"),
+        "clip": (3.0, "gradient norm of backbone and of head, each"),
+        "freeze_last_epochs": (1, "epochs in which the prototypes do not learn"),
+        "momentum": (0.992, "teacher's EMA at the start, 1 at the end; 0.99 for short runs"),
+        "teacher_temp": (0.07, "after its warm-up from 0.04; above 0.07 is unstable"),
+        "teacher_temp_warmup_epochs": (30.0, "linear warm-up of the temperature"),
+        "centering": ("center", "of the teacher's outputs"),
+        "ibot_weight": (1.0, "weight of the masked-patch loss"),
+        "koleo_weight": (0.1, "weight of the nearest-neighbour spreading loss"),
+    },
     "running": c.RUNNING_FLAGS | c.TRAINING_FLAGS | {"compile": (False, "faster on GPUs")},
 }
 CHOICES = {"source": ["noisy", "denoised", "clean"], "anchor_head": ["frozen", "live"],
@@ -106,36 +103,35 @@ STATE = {*NETWORKS, "optimizer", "scaler", "position", "config", "data"}  # what
 
 def read_config(argv=None):
     """The flags, checked for contradictions and for what would have no effect. Raises UserError."""
-    args = c.read_flags(argv, __doc__, PRESETS, GROUPS, CHOICES, POSITIVE)
-    denoised = args.source == "denoised"
-    rules = [
-        (args.source == "clean" and args.noise == "none",
-         "--source clean: with --noise none no clean images are known"),
-        ((denoised or args.anchor) and not args.denoised,
-         "--source denoised and --anchor need --denoised DIR, which denoise.py apply writes"),
-        (args.denoised and not (denoised or args.anchor),
-         f"--denoised: has no effect on --source {args.source} without --anchor"),
-        (args.anchor and not (args.init or args.anchor_from),
-         "--anchor: needs a denoised teacher, of --init or of --anchor_from"),
-        (not args.anchor and (args.anchor_from or args.anchor_head == "live"),
-         "--anchor_from and --anchor_head: have no effect without --anchor WEIGHT"),
-        (args.anchor and args.source != "noisy",
-         "--anchor: is for --source noisy, whose features it pulls"),
-        (args.init and args.init_backbone, "--init and --init_backbone: give one of them"),
-        (args.stop > args.epochs, f"--stop {args.stop}: is beyond --epochs {args.epochs}"),
-        (args.momentum > 1, f"--momentum {args.momentum}: must be at most 1"),
-        (args.drop_path >= 1, f"--drop_path {args.drop_path}: must be below 1"),
-    ]
+    args = c.read_flags(argv, __doc__, PRESETS, FLAGS, CHOICES, POSITIVE)
+    needs_denoised = args.source == "denoised" or args.anchor
+    if args.source == "clean" and args.noise == "none":
+        raise UserError("--source clean: with --noise none no clean images are known")
+    if needs_denoised and not args.denoised:
+        raise UserError("--source denoised and --anchor need --denoised DIR, which denoise.py apply writes")
+    if args.denoised and not needs_denoised:
+        raise UserError(f"--denoised: has no effect on --source {args.source} without --anchor")
+    if args.anchor and not (args.init or args.anchor_from):
+        raise UserError("--anchor: needs a denoised teacher, of --init or of --anchor_from")
+    if not args.anchor and (args.anchor_from or args.anchor_head == "live"):
+        raise UserError("--anchor_from and --anchor_head: have no effect without --anchor WEIGHT")
+    if args.anchor and args.source != "noisy":
+        raise UserError("--anchor: is for --source noisy, whose features it pulls")
+    if args.init and args.init_backbone:
+        raise UserError("--init and --init_backbone: give one of them")
+    if args.stop > args.epochs:
+        raise UserError(f"--stop {args.stop}: is beyond --epochs {args.epochs}")
+    if args.momentum > 1:
+        raise UserError(f"--momentum {args.momentum}: must be at most 1")
+    if args.drop_path >= 1:
+        raise UserError(f"--drop_path {args.drop_path}: must be below 1")
     for name in ("global_size", "local_size"):
-        rules.append((getattr(args, name) % args.patch_size,
-                      f"--{name}: is no multiple of --patch_size {args.patch_size}"))
+        if getattr(args, name) % args.patch_size:
+            raise UserError(f"--{name}: is no multiple of --patch_size {args.patch_size}")
     for name in ("global_scale", "local_scale", "weight_decay"):
         pair = getattr(args, name)
-        rules.append((len(pair) != 2 or pair[0] > pair[1],
-                      f"--{name}: must be two numbers, the smaller one first"))
-    for wrong, message in rules:
-        if wrong:
-            raise UserError(message)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            raise UserError(f"--{name}: must be two numbers, the smaller one first")
     return args
 
 
@@ -154,20 +150,15 @@ class Network(nn.Module):
                 block.compile()
 
     def forward(self, crops, picked, masks=None, keep=(None, None), head=None):
-        """Logits of all class tokens (rows, K) and of the masked patches (M, K), and the global
-        crops' class tokens (2B, D).
-
-        crops: one tensor (rows, C, S, S) a size, the global ones first. picked (M,): flat indices
-        of the masked patches. masks (2B, N): what the student does not see; None for a teacher.
-        keep: numbers of drop path, a tensor a size. head: another one than its own.
-        """
+        """Logits of class tokens (rows, K) and picked patches (M, K); the global crops' class tokens
+        (2B, D). crops: a tensor (rows, C, S, S) a size, the global ones first. picked (M,): flat
+        indices of the masked patches. masks (2B, N): what the student does not see, None for a
+        teacher. keep: of draw_keep, the student's. head: another one than its own."""
         features = self.backbone.forward_features(crops[0], masks, keep[0])
-        tokens = [features["cls"]]
-        for local in crops[1:]:
-            tokens.append(self.backbone.forward_features(local, None, keep[1])["cls"])
-        rows = sum(map(len, tokens))
-        tokens.append(features["patches"].flatten(0, 1)[picked])
-        logits = (head or self.head)(torch.cat(tokens))
+        local = [self.backbone.forward_features(x, None, keep[1])["cls"] for x in crops[1:]]
+        patches = features["patches"].flatten(0, 1)[picked]
+        logits = (head or self.head)(torch.cat([features["cls"], *local, patches]))
+        rows = len(logits) - len(patches)
         return logits[:rows], logits[rows:], features["cls"]
 
 
@@ -198,8 +189,7 @@ class Teacher(Network):
     @torch.no_grad()
     def follow(self, student, momentum):
         """Exponential moving average of the student's weights."""
-        own, new = list(self.parameters()), list(student.parameters())
-        torch._foreach_lerp_(own, new, 1 - momentum)
+        torch._foreach_lerp_([*self.parameters()], [*student.parameters()], 1 - momentum)
 
 
 # ==== losses of one step ==========================================================================
@@ -217,9 +207,10 @@ def step_losses(args, run, crops, data, temp, keep=(None, None)):
     """All losses of one step, a dict of scalars, 'total' their weighted sum; the live teacher's
     targets of the class tokens (2, B, K); the student's class tokens (2B, D).
 
-    crops: of make_crops, by source. The student sees masked crops of args.source, the live teacher
-    the same ones unmasked, the anchor the same ones denoised.
-    """
+    crops: of make_crops, by source. The student sees crops of args.source, masked. The live teacher
+    sees the same global crops unmasked. The anchor sees the same global crops cut from the denoised
+    image, unmasked. Its two terms have the weight args.anchor only; args.ibot_weight scales the
+    iBOT term of the live teacher alone."""
     masks, picked = data["masks"], data["picked"]
     seen = crops[args.source]
     live = run.teacher.targets(seen[0], picked, temp)
@@ -248,47 +239,40 @@ def monitors(losses, targets, cls):
     """Collapse monitors of the global batch: teacher entropy (nats), KL teacher to student, spread
     and effective rank of class tokens."""
     entropy = -torch.xlogy(targets, targets).sum(-1).mean()
-    means = c.all_reduce(torch.stack([entropy, losses["dino"].detach()])) / c.world()[1]
-    entropy, dino = means.tolist()
-    x = nn.functional.normalize(cls.detach().float().nan_to_num(), dim=-1)
-    x = c.gather_rows(x)
+    sums = c.all_reduce(torch.stack([entropy, losses["dino"].detach()]))
+    entropy, dino = (sums / c.world()[1]).tolist()
+    x = c.gather_rows(nn.functional.normalize(cls.detach().float().nan_to_num(), dim=-1))
     spread = x.std(0).mean() * math.sqrt(x.shape[1])
     p = torch.linalg.svdvals(x - x.mean(0))
-    p = p / p.sum().clamp(min=1e-12)
-    rank = torch.special.entr(p).sum().exp()
-    return {"entropy": entropy, "kl": dino - entropy, "cls_std": spread.item(),
-            "rank": rank.item()}
+    rank = torch.special.entr(p / p.sum().clamp(min=1e-12)).sum().exp()
+    return {"entropy": entropy, "kl": dino - entropy, "cls_std": spread.item(), "rank": rank.item()}
 
 
 def collapse(record, prototypes):
     """What the monitors of a log line say is wrong, with what usually helps; '' if nothing."""
     share = record["entropy"] / math.log(max(2, prototypes))  # of the largest that there is
     if share < 0.02:
-        return ("the teacher gives all images one prototype: use a higher --teacher_temp or "
-                "--centering sinkhorn")
+        return "the teacher gives all images one prototype: use a higher --teacher_temp or --centering sinkhorn"
     if share > 0.99:
-        return ("the teacher stays uniform: use --teacher_temp 0.04, a higher --lr or fewer "
-                "--prototypes")
+        return "the teacher stays uniform: use --teacher_temp 0.04, a higher --lr or fewer --prototypes"
     if record["rank"] < 1.5:
-        return ("all images get the same features: use a lower --lr, longer --warmup_epochs or a "
-                "larger --batch_size")
+        return "all images get the same features: use a lower --lr, longer --warmup_epochs or a larger --batch_size"
     return ""
 
 
 # ==== data of one step ============================================================================
 def make_batch(args, folder, sources, mine, epoch, step, indices):
-    """What one process needs for a step, made by a worker on the host. All random numbers come from
-    (seed, source, epoch) and an image's path, or the step: the same in any number of processes.
+    """What one process needs for a step, made by a worker on the host. Random numbers come from (seed,
+    source, epoch) and an image's path, or the step: the same in any number of processes. indices:
+    the images of the global batch, of which `mine` is this process's.
 
-    indices: the images of the global batch, of which `mine` is this process's. Gives uint8 crops,
-    view by view, 'SOURCE_global' (2B, C, S, S) and 'SOURCE_local' (LB, C, s, s), with the same
-    parameters for every source; their colour numbers, 'global_color' and 'local_color'; 'masks'
-    (2B, N) and 'picked' (M,), the flat indices of the masked patches.
-    """
+    Gives uint8 crops, view by view, the same ones of every source: 'SOURCE_global' (2B, C, S, S),
+    'SOURCE_local' (LB, C, s, s); the numbers of their colours, 'global_color', 'local_color';
+    'masks' (2B, N); 'picked' (M,), flat indices of the masked patches."""
     key = f"{args.seed}:{args.source}:{epoch}"
     images = [folder.copies(i, sources) for i in indices[mine]]
     rngs = [random.Random(f"{key}:{folder.paths[i]}") for i in indices[mine]]
-    batch = {}
+    batch = defaultdict(list)
     for view in range(2 + args.local_crops):  # the anchor's denoised images have global crops alone
         kind, cut_sources = ("global", sources) if view < 2 else ("local", sources[:1])
         size, scale = getattr(args, f"{kind}_size"), getattr(args, f"{kind}_scale")
@@ -296,10 +280,9 @@ def make_batch(args, folder, sources, mine, epoch, step, indices):
         for copies, rng in zip(images, rngs, strict=True):
             box, flip = c.draw_box(*copies[0].shape[1:], scale, rng), rng.random() < 0.5
             numbers = c.draw_color(rng, folder.channels == 3, blur_p, solarize_p)
-            batch.setdefault(f"{kind}_color", []).append(torch.tensor(numbers))
+            batch[f"{kind}_color"].append(torch.tensor(numbers))
             for source, image in zip(cut_sources, copies, strict=False):
-                crop = c.cut(image, box, flip, size)
-                batch.setdefault(f"{source}_{kind}", []).append(crop)
+                batch[f"{source}_{kind}"].append(c.cut(image, box, flip, size))
     side = args.global_size // args.patch_size
     masks = c.draw_masks(2 * len(indices), side, side, random.Random(f"{key}:masks:{step}"))
     masks = masks.unflatten(0, (2, -1))[:, mine].flatten(0, 1)  # of the global batch, this process's
@@ -311,16 +294,15 @@ def make_crops(data, sources, mean, std):
     """Colour operations of all crops on the device, normalised: {source: [global (2B, C, S, S),
     local (LB, C, s, s)]}."""
     crops = {source: [] for source in sources}
-    for source in sources:
-        for kind in ("global", "local"):
-            if f"{source}_{kind}" in data:
-                x = c.color(data[f"{source}_{kind}"], data[f"{kind}_color"])
-                crops[source].append((x - mean) / std)
+    for name in data:  # global crops come before local ones
+        source, _, kind = name.partition("_")
+        if source in crops:
+            crops[source].append((c.color(data[name], data[f"{kind}_color"]) - mean) / std)
     return crops
 
 
 def draw_keep(args, depth, loop):
-    """The student's numbers of drop path, of global and local crops, drawn on the device for the global batch."""
+    """The student's drop path for global and for local crops, drawn on the device for the global batch."""
     if not args.drop_path:
         return None, None
     rng = c.generator(args.seed, "drop", loop.epoch, loop.step, device=loop.device)
@@ -352,8 +334,12 @@ class Run:
             self.student = nn.parallel.DistributedDataParallel(self.network)
 
     def start(self):
-        """A new run begins with random weights, a backbone's, or another run's networks. Gives the
-        seconds that these took."""
+        """A new run begins with random weights, a backbone's, or the networks of --init. Gives the
+        seconds that these took, with those of all runs before.
+
+        With --init student, teacher, heads and centres stay. Optimiser, schedules, warm-ups and the
+        freezing of the prototypes start anew. Mean and standard deviation, for the normalisation,
+        are measured from the same noisy images again."""
         args, seconds = self.args, 0.0
         if args.init_backbone:
             weights = c.read_backbone(args.init_backbone)
@@ -404,6 +390,7 @@ def schedules(args, step, steps, batch):
         "lr": c.cosine(step, lr, 1e-6, total, warmup),
         "weight_decay": c.cosine(step, *args.weight_decay, total),
         "momentum": c.cosine(step, args.momentum, 1.0, total),
+        # linear from 0.04, then constant
         "temp": c.cosine(step, temp, temp, temp_warmup, temp_warmup, start=0.04),
         "frozen": step < args.freeze_last_epochs * steps,
     }
@@ -419,11 +406,10 @@ def train(args, run, folder, data, position, save):
     if args.prototypes > useful:
         c.say(f"warning: --prototypes {args.prototypes}: more than about {useful} are of no use "
               f"for {len(folder)} images in batches of {loop.batch}")
-    mean = torch.tensor(data["mean"], device=run.device)[:, None, None]
-    std = torch.tensor(data["std"], device=run.device)[:, None, None]
+    mean, std = torch.tensor([data["mean"], data["std"]], device=run.device)[..., None, None]
     depth = len(run.network.backbone.blocks)
-    patience = max(100, loop.steps * args.epochs / 10)  # steps in which the monitors may complain
-    ill = 0  # steps since they were last in order
+    patience = math.ceil(max(100, loop.steps * args.epochs / 10) / args.log_steps)
+    ill = 0  # lines of the log in which the monitors have complained, one after the other
 
     make = functools.partial(make_batch, args, folder, sources, loop.mine)
     for batch in loop.batches(make, args.stop or args.epochs):
@@ -438,9 +424,9 @@ def train(args, run, folder, data, position, save):
         if loop.logs_next():
             record |= monitors(losses, targets, cls)
             trouble = collapse(record, args.prototypes)
-            before, ill = ill, ill + args.log_steps if trouble else 0
-            if before < patience <= ill:  # once
-                c.say(f"warning: since {ill} steps {trouble}")
+            ill = ill + 1 if trouble else 0
+            if ill == patience:
+                c.say(f"warning: since {ill * args.log_steps} steps {trouble}")
         if loop.tick(losses, record):
             return loop, True
     if loop.total == 0:  # of no epochs
@@ -449,7 +435,7 @@ def train(args, run, folder, data, position, save):
     return loop, False
 
 
-def finish(args, run, out, data, position):
+def finish(args, run, out, position):
     """What the run leaves: the teacher's backbone and a summary; at --stop the networks, too."""
     epoch, _, seconds = position
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -458,41 +444,51 @@ def finish(args, run, out, data, position):
         memory, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     rates = [r["images_s"] for r in c.read_log(out / "log.jsonl")]
     if args.stop:
-        networks = run.state(NETWORKS) | {"position": position}
-        c.save_checkpoint(out / f"epoch{args.stop}.pth", networks)
+        c.save_checkpoint(out / f"epoch{args.stop}.pth", run.state(NETWORKS) | {"position": position})
     backbone = run.teacher.backbone.state_dict()
     c.write_atomic(out / "backbone.pth", lambda file: torch.save(backbone, file))
     c.write_json(out / "summary.json", {  # last: it says that the run is complete
-        "epochs": epoch, "seconds": seconds + data["init_seconds"], "peak_gb": memory / 1e9,
-        "images_s": torch.tensor(rates).median().item() if rates else None, "device": device})
+        "epochs": epoch, "seconds": seconds, "peak_gb": memory / 1e9, "device": device,
+        "images_s": torch.tensor(rates).median().item() if rates else None})
     c.say(f"{out / 'backbone.pth'}: the teacher's backbone after {epoch} epochs, {seconds:.0f} s")
 
 
+def is_complete(args, out, position):
+    """Whether this command has nothing left to do. Raises UserError where --stop comes too late."""
+    summary = out / "summary.json"
+    ended = c.read_json(summary, {"epochs"})["epochs"] if summary.exists() else -1
+    passed = args.stop and position[:2] > (args.stop, 0)
+    if args.stop and not (out / f"epoch{args.stop}.pth").exists():
+        if passed:
+            raise UserError(f"--stop {args.stop}: {out} is already beyond it; use another --out")
+        return False
+    return passed or ended >= (args.stop or args.epochs)
+
+
+def check(args):
+    """Look at the images before the long stages, and with --source denoised at the denoised ones."""
+    denoised = args.denoised if args.source == "denoised" else None  # an anchor's may yet be made
+    train = c.Folder(args.data, "train", args.noise, args.noise_seed, denoised)
+    if denoised and (train.data / "val").is_dir() and Path(denoised, "val").is_dir():
+        c.Folder(args.data, "val", args.noise, args.noise_seed, denoised, train.channels)
+    return 0
+
+
 def main():
-    if sys.argv[1:2] == ["check"]:  # flags and images, before the long stages
-        args = read_config(sys.argv[2:])
-        c.Folder(args.data, "train", args.noise)
-        return 0
+    if sys.argv[1:2] == ["check"]:
+        return check(read_config(sys.argv[2:]))
     args = read_config(sys.argv[1:])
     out, device = Path(args.out), c.setup(args.device)
     folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
-    files, summary = folder.fingerprint(), out / "summary.json"
-    config, position = vars(args) | {"data": files}, (0, 0, 0.0)
+    config = vars(args) | {"data": folder.fingerprint()}
     state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
     if state:
         c.check_config(state["config"], config, FREE, out)
-        ended = c.read_json(summary, {"epochs"})["epochs"] if summary.exists() else -1
-        kept = not args.stop or (out / f"epoch{args.stop}.pth").exists()
-        passed = args.stop and state["position"][:2] > (args.stop, 0)
-        if passed and not kept:
-            raise UserError(f"--stop {args.stop}: {out} is already beyond it, without an "
-                            f"epoch{args.stop}.pth; use another --out")
-        if kept and (passed or ended >= (args.stop or args.epochs)):
+        if is_complete(args, out, state["position"]):
             c.say(f"{out}: complete, nothing to do")
             return 0
     elif (out / "backbone.pth").exists():
-        raise UserError(f"{out}: holds a backbone.pth without its checkpoint; move it away, or "
-                        "name another --out")
+        raise UserError(f"{out}: holds a backbone.pth without its checkpoint; move it away, or name another --out")
     run = Run(args, folder.channels, device)
     if state:
         data, position = state["data"], state["position"]
@@ -500,7 +496,8 @@ def main():
     else:
         mean, std = folder.stats()
         data = {"mean": mean, "std": std, "channels": folder.channels, "images": len(folder),
-                "files": files, "init_seconds": run.start()}
+                "files": config["data"]}
+        position = (0, 0, run.start())
     del state  # memory
     if c.world()[0] == 0:
         c.write_json(out / "config.json", {**vars(args), **data})
@@ -513,7 +510,7 @@ def main():
     if stopped:
         return c.EXIT_STOPPED
     if c.world()[0] == 0:
-        finish(args, run, out, data, loop.position())
+        finish(args, run, out, loop.position())
     return 0
 
 

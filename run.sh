@@ -246,6 +246,10 @@ anchored=(--denoised "$copy" --anchor "$anchor")
 tried=(${flags[@]+"${flags[@]}"})
 if uses nct; then tried+=(--init none ${anchored[@]+"${anchored[@]}"} ${nct_flags[@]+"${nct_flags[@]}"}); fi
 run "$python" "$here/pretrain.py" check "${common[@]}" --out none ${tried[@]+"${tried[@]}"}
+if [ -n "$denoised" ]; then  # val's are for the probe of the arm denoised alone
+  [ -z "$probes" ] || ! uses denoised || [ -d "$denoised/val" ] || fail "--denoised $denoised: has no val/, on which the arm denoised is probed"
+  run "$python" "$here/pretrain.py" check "${common[@]}" --out none --source denoised --denoised "$denoised"
+fi
 mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "--out $out: cannot be written"
 if command -v flock >/dev/null; then  # a process left by a killed run may still be writing: let it end
   exec 9>"$out/.lock"

@@ -759,8 +759,8 @@ def test_run_that_goes_on_needs_its_start_no_more(
     assert train(*command)["position"][:2] == (1, 0)
 
 
-def test_seconds_of_the_summary_include_those_of_init(images, runs, tmp_path, out, interrupt):
-    """Also those of a run that went on."""
+def test_seconds_include_those_of_all_runs_before(images, runs, tmp_path, out, interrupt):
+    """Also those of a run that went on, and in a chain of three runs those of the first."""
     state = torch.load(runs.first.out / "epoch1.pth", weights_only=True)
     state["position"] = (1, 0, 1000.0)
     torch.save(state, tmp_path / "init.pth")
@@ -768,8 +768,11 @@ def test_seconds_of_the_summary_include_those_of_init(images, runs, tmp_path, ou
     interrupt(2, *command)
     state = train(*command)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["seconds"] == pytest.approx(1000 + state["position"][2], abs=5)
+    assert 1000 < summary["seconds"] < 1000 + 60
+    assert summary["seconds"] == pytest.approx(state["position"][2], abs=5)
     assert summary["epochs"] == 1
+    third = train(tmp_path / "third", *images.noisy, "--epochs", 1, "--init", out)
+    assert third["position"][2] > state["position"][2]
 
 
 # ==== --stop ======================================================================================

@@ -62,6 +62,19 @@ def flat(data):
         shutil.rmtree(data / split)
 
 
+def without_val(data):
+    """mine, a denoised copy: of the training images alone."""
+    shutil.copytree(data / "train", data.parent / "mine/train")
+
+
+def lacking(split):
+    """mine, a denoised copy in which one image of a split is missing."""
+    def copy(data):
+        copied = shutil.copytree(data, data.parent / "mine") / split
+        next(copied.rglob("*.png")).unlink()
+    return copy
+
+
 FROM_RUN_TO_RUN = "differs from run to run; use --arms, --seeds, --out"
 FOR_ALL = "is for all stages"
 BAD = [  # flags, what the error line says, what is wrong with the data
@@ -81,6 +94,9 @@ BAD = [  # flags, what the error line says, what is wrong with the data
     ("--gpus 99", "--gpus 99: this machine has"),
     ("--denoised data", "--denoised: none of --arms noisy uses it"),
     ("--arms nc --denoised nowhere", "--denoised nowhere: no such folder"),
+    ("--arms denoised --denoised mine", "--denoised mine: has no val/", without_val),
+    ("--arms denoised --denoised mine", "mine: 1 of 20 denoised images are missing", lacking("val")),
+    ("--arms nc --denoised mine", "mine: 1 of 40 denoised images are missing", lacking("train")),
     ("-- --epochs 3 --seed 1", f"-- --seed: {FROM_RUN_TO_RUN}"),
     ("-- --source=clean", f"-- --source=clean: {FROM_RUN_TO_RUN}"),
     ("-- --stop 3", f"-- --stop: {FROM_RUN_TO_RUN}"),
@@ -333,7 +349,7 @@ def images(folder):
     for split in ("train", "val"):
         (folder / "data" / split / "cat").mkdir(parents=True)
         (folder / "data" / split / "cat/1.png").touch()
-    (folder / "mine").mkdir()
+    (folder / "mine/val").mkdir(parents=True)
     for name in ("vit.pth", "teacher.pth"):
         (folder / name).touch()
 
