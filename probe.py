@@ -84,8 +84,8 @@ class Backbone:
         return self.model.last_layers((crops / 255 - self.mean) / self.std, n)
 
     def embed(self, crops):
-        """uint8 crops (B, C, S, S) to (B, 5, D) float32: the class tokens of the last 4 blocks, the last first (with
-        fewer blocks the first is repeated); the last block's mean patch token."""
+        """uint8 crops (B, C, S, S) to (B, 5, D) float32: the class tokens of the last 4 blocks, the
+        last first (with fewer blocks the first is repeated); the last block's mean patch token."""
         layers = self.last_layers(crops, 4)
         tokens = [layer["cls"] for layer in layers]
         tokens += tokens[-1:] * (4 - len(tokens))
@@ -194,7 +194,7 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
 
 
 # ==== linear probe: the 52 heads of DINOv2's protocol =============================================
-RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]  # x batch / 256
+RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]  # x batch/256
 
 
 def head_logits(x, tokens, weight, bias):
@@ -207,7 +207,7 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
     """A linear head for each of RATES, all at once: SGD 0.9 without weight decay, cosine to 0.
 
     x (V, N, 5, D) features of V views, y (N,) classes, on the host; tokens: of the 5 those that the
-    heads see; keep: images to train on. Gives weight (F, rates, classes) and bias (rates, classes)."""
+    heads see; keep: images to train on. Gives weight (F, rates, classes), bias (rates, classes)."""
     gen = torch.Generator().manual_seed(args.seed)
     views, _, _, width = x.shape
     images, heads = len(keep), len(RATES)
@@ -324,10 +324,11 @@ def read_labels(train, val):
 
 
 def sweep_specs(spec):
-    """Test noise of the robustness curve: {strength relative to the pretraining level: spec}. The first parameter is
-    scaled, up to its limit; ranges are taken at their middle."""
+    """Test noise of the robustness curve: {strength relative to the pretraining level: spec}. The
+    first parameter is scaled, up to its limit; ranges are taken at their middle."""
     name, ranges = c.parse_noise(spec)
-    model, specs = c.NOISES[name], {0: "none"}
+    model = c.NOISES[name]
+    specs = {0: "none"}
     first, *others = (sum(levels) / 2 for levels in ranges)
     for strength in (0.25, 0.5, 0.75, 1, 1.5, 2):
         level = min(first / strength if model.inverse else first * strength, model.most)
@@ -354,8 +355,8 @@ def evaluate(args, device, saved):
     if train.channels != backbone.channels:
         raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
     val, _ = open_folder(args, "val", train.channels)
-    of = {"files": [train.fingerprint(), val.fingerprint()], **backbone.about}
-    if of.items() <= saved.items():
+    origin = {"files": [train.fingerprint(), val.fingerprint()], **backbone.about}
+    if origin.items() <= saved.items():
         c.say(f"{args.out}: complete, nothing to do")
         return None
     classes, y, val_y = read_labels(train, val)
@@ -383,14 +384,13 @@ def evaluate(args, device, saved):
                 f"{prefix}knn": knn(vectors(x), y, vectors(z), val_y, classes),
                 f"{prefix}map": retrieval_map(vectors(z), val_y)}
 
-    result = figures(val_x, "")
-    result |= {"chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y)}
+    result = {**figures(val_x, ""), "chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y)}
     if tests:
         result |= figures(tests[0], "clean_")
         result["cosine"] = F.cosine_similarity(vectors(val_x), vectors(tests[0])).mean().item()
         result["sweep"] = [{"strength": k, "noise": specs[k], "linear": accuracy(z[0], val_y, *head).item()}
                            for k, z in tests.items()]
-    return {**result, "seconds": c.now() - started, "config": vars(args), **of}
+    return {**result, "seconds": c.now() - started, "config": vars(args), **origin}
 
 
 # ==== report: tables ==============================================================================
@@ -465,7 +465,7 @@ def report(out):
     for name, picture in pictures(out, arms, results).items():
         if picture:
             picture.save(f"{out}/{name}.png")
-            text.append(f"![{name}]({name}.png)")
+            text += [f"![{name}]({name}.png)"]
     c.write_text(f"{out}/results.md", "\n".join([*text, ""]))
     c.write_json(f"{out}/results.json", arms)
     print(*figures, "", f"report: {out}/results.md", sep="\n")
@@ -477,15 +477,15 @@ PANELS = {"dino": "DINO loss", "ibot": "iBOT loss", "anchor_dino": "anchor loss 
 
 
 def pictures(out, arms, results):
-    """{name: picture or None} of the first seed of every arm; results: one on noisy images first."""
+    """{name: picture or None}, of each arm's first seed; results: one on noisy images first."""
     robustness, curves = {}, {}
     for arm, runs in arms.items():
         run = min(runs)
         robustness[arm] = [(p["strength"], p["linear"]) for p in runs[run].get("sweep", [])]
         log = c.read_log(f"{out}/pretrain/{run}/log.jsonl")
         for key, title in PANELS.items():
-            line = [(r["step"], r[key]) for r in log if key in r]
-            curves.setdefault(f"{title} against step", {})[arm] = line
+            lines = curves.setdefault(f"{title} against step", {})
+            lines[arm] = [(r["step"], r[key]) for r in log if key in r]
     made = {}
     try:
         made |= sample_pictures(out, arms, results)
@@ -496,7 +496,7 @@ def pictures(out, arms, results):
 
 
 def sample_pictures(out, arms, results):
-    """Six val images, noisy, denoised and clean; and what the backbone of every arm makes of them."""
+    """Six val images, noisy, denoised and clean, and what the backbone of each arm makes of them."""
     first = results[0]
     config, channels = first["config"], first["pretrain"]["channels"]
     copy = max(result["pretrain"]["denoised"] for result in results)  # "" where there is none
@@ -515,9 +515,9 @@ def sample_pictures(out, arms, results):
     return {"samples": grid(images), "features": grid(features)}
 
 
-def principal_components(run, images, side=16):
+def principal_components(folder, images, side=16):
     """First three principal components of the patch tokens as colours, (3, side, side) an image."""
-    backbone = load_run(run, torch.device("cpu"))
+    backbone = load_run(folder, torch.device("cpu"))
     size = side * backbone.model.patch_size
     crops = torch.stack([c.resize(image, size, size) for image in images])
     tokens = backbone.last_layers(crops, 1)[0]["patches"]  # (B, N, D)
@@ -529,8 +529,7 @@ def principal_components(run, images, side=16):
 def tile(panels, across):
     """Pictures of one size on one sheet, so many in a row."""
     width, height = panels[0].size
-    rows = math.ceil(len(panels) / across)
-    sheet = Image.new("RGB", (across * width, rows * height), "white")
+    sheet = Image.new("RGB", (across * width, math.ceil(len(panels) / across) * height), "white")
     for k, panel in enumerate(panels):
         sheet.paste(panel, (k % across * width, k // across * height))
     return sheet
@@ -538,7 +537,8 @@ def tile(panels, across):
 
 def grid(rows, size=160):
     """{title: uint8 images (C, H, W)} to one picture, a row each."""
-    panels, font = [], ImageFont.load_default(14)
+    font = ImageFont.load_default(14)
+    panels = []
     for title, images in rows.items():
         for x in images:
             picture = ImageOps.pad(denoise.picture(x).convert("RGB"), (size, size), color="white")
