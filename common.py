@@ -20,11 +20,10 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Callable
+from collections import OrderedDict, namedtuple
 from contextlib import nullcontext, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 class UserError(Exception):
@@ -40,22 +40,16 @@ class UserError(Exception):
 
 # ==== noise =======================================================================================
 # One fixed draw per image. x is float32 (H, W, C) in [0, 1]; a sigma is on the 0-255 scale.
-class NoiseModel(NamedTuple):
-    function: Callable
-    parameters: int
-    inverse: bool
-    most: float
-
-
+NoiseModel = namedtuple("NoiseModel", "function parameters inverse most")
 NOISES = {}  # name -> NoiseModel
 
 
 def noise(name, inverse=False, most=math.inf):
     """Register a noise model: a function (x, level, rng) -> x with noise, or (x, a, b, ..., rng).
 
-    x: float32 tensor (H, W, C) in [0, 1]; the result is clipped later. level: the number in the spec, several are
-    separated by commas. rng: torch generator of this image. inverse: a smaller (first) level means stronger noise.
-    most: the largest level that makes sense. A name that is registered again is replaced.
+    x: float32 tensor (H, W, C) in [0, 1]; the result is clipped later. level: the number in the
+    spec, several are separated by commas. rng: torch generator of this image. inverse: a smaller
+    (first) level means stronger noise. most: the largest level that makes sense.
     """
     def register(function):
         parameters = len(inspect.signature(function).parameters) - 2  # without x and rng
@@ -98,21 +92,19 @@ def camera(x, photons, sigma, rng):
 
 def parse_noise(spec):
     """(name, [(low, high) of each parameter]) of a spec; None of 'none'. Raises UserError.
-
-    'gauss100' -> ('gauss', [(100, 100)]); 'gauss50-255' -> ('gauss', [(50, 255)]), a level an
-    image; 'camera30,5' -> ('camera', [(30, 30), (5, 5)]).
-    """
+    'gauss50-255', a level an image -> ('gauss', [(50, 255)]); 'camera30,5' -> ('camera', [(30, 30), (5, 5)])."""
     if spec == "none":
         return None
-    names = "|".join(NOISES)
     number = r"\d*\.?\d+"
     level = f"{number}(?:-{number})?"
-    match = re.fullmatch(f"({names})({level}(?:,{level})*)", spec)
+    match = re.fullmatch(f"({'|'.join(NOISES)})({level}(?:,{level})*)", spec)
     if not match:
         raise UserError(f"--noise {spec}: unknown noise; use none, or a level of {', '.join(NOISES)}: gauss100")
-    name, model = match[1], NOISES[match[1]]
-    ranges = [[float(v) for v in level.split("-")] for level in match[2].split(",")]
-    ranges = [(numbers[0], numbers[-1]) for numbers in ranges]
+    name, levels = match.groups()
+    model, ranges = NOISES[name], []
+    for level in levels.split(","):
+        low, _, high = level.partition("-")
+        ranges.append((float(low), float(high or low)))
     if len(ranges) != model.parameters:
         raise UserError(f"--noise {spec}: {name} takes {model.parameters} numbers, separated by commas")
     if not all(0 < low <= high <= model.most for low, high in ranges):
@@ -150,9 +142,9 @@ def add_noise(image, spec, key, seed=0):
 
 # ==== images ======================================================================================
 # A folder is a sorted list of relative paths. An image is read as uint8 (C, H, W).
-Image.init()
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in Image.OPEN and kind != "MPEG"} | {".npy"}
+ENDS = b"IEND\xaeB`\x82", b"\xff\xd9"  # how a whole PNG and a whole JPEG end
 CHECKED = 10_000  # images whose headers are read at the start; of a larger folder, so many of them
 
 
@@ -175,29 +167,22 @@ def list_images(root):
     return sorted(found)
 
 
-def read_image(path, header=False):
+def read_image(path):
     """One file, upright: array (H, W, C) of any real dtype. Palette, alpha and CMYK become RGB of
-    8 bit. Raises UserError for what is not a whole image.
-
-    header: only the shape matters; a PNG or JPEG that ends as it should is not decoded."""
+    8 bit. Raises UserError for what is not a whole image."""
     try:
         if not path.is_file():  # a pipe would wait for ever
             raise OSError("not a file" if path.exists() else
                           "it is gone, or a link to nothing; was the folder moved?")
         if path.stat().st_size == 0:
             raise OSError("empty file")
-        x = read_array(path) if path.suffix.lower() == ".npy" else read_picture(path, header)
+        x = read_array(path) if path.suffix.lower() == ".npy" else read_picture(path)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: not a readable image ({error}); repair it or move it out of the "
                         "folder") from None
     if x.dtype.kind not in "iu":
         to_float(x, path)  # checks type and values
-    return x[:, :, None] if x.ndim == 2 else x
-
-
-def read_shape(path):
-    """(H, W, C) of one file, decoded only where its header does not do. Raises UserError."""
-    return read_image(path, header=True).shape
+    return np.atleast_3d(x)
 
 
 def read_array(path):
@@ -208,32 +193,36 @@ def read_array(path):
     return x
 
 
-def read_picture(path, header):
+def is_grey(image):
+    return Image.getmodebase(image.mode) == "L"
+
+
+def read_picture(path):
     with Image.open(path) as image:
-        grey = image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-        if header and image.format in ("PNG", "JPEG") and ends_whole(path):
-            # not image.getexif(), which decodes a whole PNG
-            turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
-            height, width = image.size if turned else reversed(image.size)
-            return np.broadcast_to(np.uint8(0), (height, width, 1 if grey else 3))
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("LA", "1"):
-            image = image.convert("L")
-        elif not grey:
+        if image.mode in ("LA", "1") or not is_grey(image):
             image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn
-            image = image.convert("RGB")
+            image = image.convert("L" if is_grey(image) else "RGB")
         x = np.array(image)
-        if image.mode == "I":  # Pillow's container for 16-bit files
-            if x.min() < 0 or x.max() > 65535:
-                raise ValueError("32-bit integers have no known range; save 16 bit or .npy")
-            x = x.astype(np.uint16)
-        return x
+    if image.mode == "I":  # Pillow's container for 16-bit files
+        if x.min() < 0 or x.max() > 65535:
+            raise ValueError("32-bit integers have no known range; save 16 bit or .npy")
+        x = x.astype(np.uint16)
+    return x
 
 
-def ends_whole(path):
-    with open(path, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        return file.read().endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))  # JPEG, PNG
+def read_shape(path):
+    """(H, W, C) of one file. A PNG or JPEG that ends as it should is not decoded, so damage in its
+    middle shows only when it is read. Raises UserError."""
+    if path.is_file():
+        with suppress(Exception), Image.open(path) as image:  # read_image says what is wrong
+            image.fp.seek(-8, os.SEEK_END)
+            if image.fp.read().endswith(ENDS):
+                # not image.getexif(), which decodes a whole PNG
+                turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+                height, width = image.size if turned else reversed(image.size)
+                return height, width, 1 if is_grey(image) else 3
+    return read_image(path).shape
 
 
 def to_float(x, path=""):
@@ -241,11 +230,11 @@ def to_float(x, path=""):
     if x.dtype == np.uint8:
         return torch.from_numpy(x).float().div_(255)
     if x.dtype.kind in "iu":
-        low, high = float(np.iinfo(x.dtype).min), float(np.iinfo(x.dtype).max)
-        x = (x - low) / (high - low)
+        limits = np.iinfo(x.dtype)
+        x = (x.astype(np.float64) - limits.min) / (limits.max - limits.min)
     if x.dtype.kind not in "fb":
         raise UserError(f"{path}: dtype {x.dtype} is not an image; save integers, or floats in [0, 1]")
-    low, high = np.min(x), np.max(x)
+    low, high = x.min(), x.max()
     if not (low >= 0 and high <= 1):  # NaN is neither
         raise UserError(f"{path}: float values must be finite and in [0, 1], found {low:g} to {high:g}; rescale")
     return torch.from_numpy(x.astype(np.float32))
@@ -282,24 +271,22 @@ class Folder:
                 raise UserError(f"{root}: has val/, but no train/")
         self.paths = [(root / p).relative_to(self.data).as_posix() for p in list_images(root)]
         if not self.paths:
-            raise UserError(f"{root}: no images found; no such folder, or no .png, .jpg, .tif, "
-                            ".npy or the like in it")
-        self.memory, self.denoised = {}, None  # images by source, where they are kept in memory
+            raise UserError(f"{root}: no images found; no such folder, or no .png, .jpg, .tif, .npy or the like in it")
+        self.memory = {}  # images by source, where they are kept in memory
         self.checked = self.spread(CHECKED)
         files = [self.data / self.paths[i] for i in self.checked]
         self.shapes = np.array(parallel(read_shape, files, "check"))  # (checked, 3): H, W, C
         self.channels = channels or int(self.shapes[:, 2].max())
         for file, shape in zip(files, self.shapes, strict=True):
             self.check(file, shape)
-        if denoised:
-            self.denoised = self.match(Path(denoised))
+        self.denoised = self.match(Path(denoised)) if denoised else None
 
     def __len__(self):
         return len(self.paths)
 
     def spread(self, most):
         """Indices of up to `most` images, spread evenly over the sorted list."""
-        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)).tolist()
+        return np.linspace(0, len(self) - 1, min(most, len(self))).astype(int).tolist()
 
     def check(self, path, shape):
         """Raises UserError unless an image of this shape (H, W, C) has the channels of this set."""
@@ -317,13 +304,13 @@ class Folder:
         stems = self.stems()
         missing = [path for stem, path in stems.items() if stem not in found]
         if missing:
-            raise UserError(f"{root}: {len(missing)} of {len(self)} denoised images are missing, "
-                            f"{missing[0]} first; denoise.py apply makes those that are missing")
+            raise UserError(f"{root}: {len(missing)} of {len(self)} denoised images are missing, {missing[0]} first; "
+                            "write them, or let denoise.py apply make them")
         files = [found[stem] for stem in stems]
         shapes = parallel(read_shape, [files[i] for i in self.checked], "check")
-        for i, shape, seen in zip(self.checked, self.shapes, shapes, strict=True):
-            if seen[:2] != tuple(shape[:2]):
-                raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is {tuple(shape.tolist())} "
+        for i, shape, seen in zip(self.checked, self.shapes.tolist(), shapes, strict=True):
+            if list(seen[:2]) != shape[:2]:
+                raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is {tuple(shape)} "
                                 "(height, width, channels)")
         return files
 
@@ -334,8 +321,7 @@ class Folder:
         for path in self.paths:
             other = stems.setdefault(os.path.splitext(path)[0], path)
             if other != path:
-                raise UserError(f"{self.data}: {other} and {path} would share a denoised image; "
-                                "rename one of them")
+                raise UserError(f"{self.data}: {other} and {path} would share a denoised image; rename one of them")
         return stems
 
     def read(self, i, source="noisy"):
@@ -347,12 +333,10 @@ class Folder:
         self.check(path, x.shape)
         if x.shape[2] < self.channels:  # grey among colour
             x = np.repeat(x, self.channels, axis=2)
-        noisy = source == "noisy" and self.spec != "none"
-        if x.dtype == np.uint8 and not noisy:
+        spec = self.spec if source == "noisy" else "none"
+        if x.dtype == np.uint8 and spec == "none":
             return torch.from_numpy(x).permute(2, 0, 1)
-        x = to_float(x, path)
-        if noisy:
-            x = add_noise(x, self.spec, self.paths[i], self.seed)
+        x = add_noise(to_float(x, path), spec, self.paths[i], self.seed)
         return to_uint8(x).permute(2, 0, 1)
 
     def under(self, spec):
@@ -371,12 +355,11 @@ class Folder:
     def hold(self, sources, gigabytes, workers):
         """Keep the images of these sources in memory, where they fit: decoded and made noisy once,
         shared by the workers."""
-        pixels = self.shapes[:, :2].prod(1).mean() * len(self)
-        if pixels * self.channels * len(sources) <= gigabytes * 1e9:
+        size = self.shapes[:, :2].prod(1).mean() * len(self) * self.channels  # bytes
+        if size * len(sources) <= gigabytes * 1e9:
             for source in sources:
                 read = functools.partial(self.read, source=source)
-                images = parallel(read, range(len(self)), f"read {source}", workers or 1)
-                self.memory[source] = images
+                self.memory[source] = parallel(read, range(len(self)), f"read {source}", workers or 1)
 
     def fingerprint(self):
         """The same for the same names and sizes of files, wherever they lie."""
@@ -389,8 +372,7 @@ class Folder:
     def labels(self):
         """Class name of each image: the folder below the split. Raises UserError."""
         if any(p.count("/") < 2 for p in self.paths):
-            raise UserError(f"{self.data}: labels need a folder a class: train/<class>/ and "
-                            "val/<class>/")
+            raise UserError(f"{self.data}: labels need a folder a class: train/<class>/ and val/<class>/")
         return [p.split("/")[1] for p in self.paths]
 
     def stats(self, most=2000):
@@ -427,11 +409,7 @@ def prefetch(make, keys, device, workers):
 
 
 def to_device(batch, device):
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, list):
-        return [to_device(v, device) for v in batch]
-    return batch.to(device, non_blocking=True)
+    return tree_map(lambda x: x.to(device, non_blocking=True), batch)
 
 
 def end_with(parent, _):
@@ -484,24 +462,24 @@ def draw_color(rng, rgb, blur_p, solarize_p=0.0):
 
     Brightness, contrast, saturation and grey each mix the image, its grey and its mean grey. Jitter has a random order:
     up to three mixes come before the hue and up to three after it; unused ones change nothing. Images that are not RGB
-    have no saturation, hue, grey or solarise.
+    have no saturation, grey or solarise; `color` does not turn their hue.
     """
-    before, after, hue = [], [], 0.0
-    mixes = before
+    mixes = [UNCHANGED] * 7  # three before the hue, three after it, grey
+    hue, place = 0.0, 0
     jittered = rng.random() < 0.8
     for operation in rng.sample(list(JITTER), k=4):
         change = jittered * rng.uniform(-1, 1) * JITTER[operation]
         if operation == "hue":
-            hue, mixes = change, after
+            hue, place = change, 3
         elif rgb or operation != "saturation":
             grey, mean = MIXED[operation]
-            mixes.append((1 + change, -change * grey, -change * mean))
-    grey = (0, 1, 0) if rng.random() < 0.2 and rgb else UNCHANGED
+            mixes[place] = (1 + change, -change * grey, -change * mean)
+            place += 1
+    if rng.random() < 0.2 and rgb:
+        mixes[6] = (0, 1, 0)
     sigma = rng.uniform(0.1, 2.0) if rng.random() < blur_p else 0.0
     solarize = rng.random() < solarize_p and rgb
-    before += [UNCHANGED] * (3 - len(before))
-    after += [UNCHANGED] * (3 - len(after))
-    return [*sum([*before, *after, grey], ()), hue, sigma, float(solarize)]
+    return [*sum(mixes, ()), hue, sigma, float(solarize)]
 
 
 # ==== crops: colours on the device, one call for all crops of a size ==============================
@@ -610,16 +588,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class LayerScale(nn.Module):
     def __init__(self, dim, init_values):
         super().__init__()
@@ -636,20 +604,17 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim, init_values)
         self.norm2 = nn.LayerNorm(dim, 1e-6)
-        self.mlp = Mlp(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.ls2 = LayerScale(dim, init_values)
 
     def forward(self, x, keep=None):
         """Tokens (B, N, D) to the same. keep (2, B, 1, 1): factors of the two branches of each
         sample, for drop path."""
-        attention = self.ls1(self.attn(self.norm1(x)))
-        if keep is not None:
-            attention = keep[0] * attention
-        x = x + attention
-        mlp = self.ls2(self.mlp(self.norm2(x)))
-        if keep is not None:
-            mlp = keep[1] * mlp
-        return x + mlp
+        branch = self.ls1(self.attn(self.norm1(x)))
+        x = x + (branch if keep is None else keep[0] * branch)
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + (branch if keep is None else keep[1] * branch)
 
 
 def draw_keep(depth, samples, drop_path, device, rng=None):
@@ -702,9 +667,8 @@ class VisionTransformer(nn.Module):
         """Images (B, C, H, W) to the first block's input (B, 1 + registers + N, D)."""
         B, _, H, W = x.shape
         rows, columns = H // self.patch_size, W // self.patch_size
-        if (rows * self.patch_size, columns * self.patch_size) != (H, W):
-            raise ValueError(f"image of {H} x {W} pixels is no multiple of the patch size "
-                             f"{self.patch_size}")
+        if H % self.patch_size or W % self.patch_size:
+            raise ValueError(f"image of {H} x {W} pixels: no multiple of patch size {self.patch_size}")
         x = self.patch_embed["proj"](x).flatten(2).mT  # (B, N, D)
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
@@ -755,10 +719,8 @@ def make_vit(arch, patch_size=16, **kw):
         if min(dim, depth, heads) < 1 or dim % heads:
             raise ValueError
     except ValueError:
-        raise UserError(f"--arch {arch}: use one of {', '.join(ARCHS)}, or WIDTH,DEPTH,HEADS: "
-                        "128,4,4") from None
-    return VisionTransformer(patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads,
-                             **kw)
+        raise UserError(f"--arch {arch}: use {', '.join(ARCHS)}, or WIDTH,DEPTH,HEADS: 128,4,4") from None
+    return VisionTransformer(patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads, **kw)
 
 
 vit_tiny = functools.partial(make_vit, "vit_tiny")
@@ -786,11 +748,11 @@ def read_backbone(path):
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"):
         if name not in weights:
             raise UserError(f"{path}: holds no weights of a ViT, {name} is missing")
-    pos, dim = weights["pos_embed"], weights["cls_token"].shape[-1]
-    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm's with registers: none of the class token
-        pos = weights["pos_embed"] = F.pad(pos, (0, 0, 1, 0))  # (1, 1 + N, D)
-    if math.isqrt(pos.shape[1] - 1) ** 2 != pos.shape[1] - 1:
-        raise UserError(f"{path}: pos_embed has {pos.shape[1]} positions, not a square and one")
+    _, n, dim = weights["pos_embed"].shape
+    if math.isqrt(n) ** 2 == n:  # timm's with registers: none of the class token
+        weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))  # (1, 1 + N, D)
+    elif math.isqrt(n - 1) ** 2 != n - 1:
+        raise UserError(f"{path}: pos_embed has {n} positions, not a square and one")
     weights.setdefault("mask_token", torch.zeros(1, dim))
     for k in range(depth_of(weights)):  # of a ViT without LayerScale: it is 1
         weights.setdefault(f"blocks.{k}.ls1.gamma", torch.ones(dim))
@@ -799,7 +761,7 @@ def read_backbone(path):
 
 
 def depth_of(weights):
-    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return sum(name.endswith(".norm1.weight") for name in weights)
 
 
 def load_backbone(model, weights, path):
@@ -976,14 +938,14 @@ def setup(device="auto"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's own protocol
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
-    device, count = torch.device(device), torch.cuda.device_count()
+    device, backend = torch.device(device), "gloo"
     if device.type == "cuda":
+        count, backend = torch.cuda.device_count(), "cpu:gloo,cuda:nccl"
         if device.index >= count:
-            raise UserError(f"--device {device}: this machine has {count} CUDA devices; use cpu, "
-                            "or fewer processes")
+            raise UserError(f"--device {device}: this machine has {count} CUDA devices; use cpu, or fewer processes")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        dist.init_process_group(backend)
     return device
 
 
@@ -1012,9 +974,9 @@ def share(n, images):
         say(f"warning: --batch_size {n} is larger than the set of {images} images; using {images}")
         n = images
     each = n // size
-    if each * size != n:
+    if n % size:
         raise UserError(f"--batch_size {n} does not divide by the number of processes, {size}")
-    return n, slice(rank * each, rank * each + each)
+    return n, slice(rank * each, (rank + 1) * each)
 
 
 def autocast(device, amp):
@@ -1041,9 +1003,10 @@ def say(text):
 
 # ==== runtime: files ==============================================================================
 def write_atomic(path, write, sync=True):
-    """write(file) into a temporary file beside path, flush, rename: path is whole or untouched. Raises UserError."""
+    """write(file) into a hidden file beside path, flush, rename: path is whole or untouched. What a
+    killed process left there, the next one overwrites. Raises UserError."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -1053,8 +1016,7 @@ def write_atomic(path, write, sync=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"{path}: cannot be written ({error}); what was there before is intact"
-                        ) from None
+        raise UserError(f"{path}: cannot be written ({error}); what was there before is intact") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -1091,11 +1053,8 @@ def not_finite(state, name=""):
 def save_checkpoint(path, state):
     """Atomic; the checkpoint before stays beside it as NAME.previous. Raises UserError where a value is not finite."""
     for name in not_finite(state):
-        raise UserError(f"{path}: {name} is not finite; the last good checkpoint is kept; use a "
-                        "lower --lr")
-    new = Path(f"{path}.new")
-    for left in new.parent.glob(f".{new.name}.*.tmp"):  # by a killed process
-        left.unlink(missing_ok=True)
+        raise UserError(f"{path}: {name} is not finite; the last good checkpoint is kept; use a lower --lr")
+    new = f"{path}.new"
     write_atomic(new, lambda file: torch.save(state, file))
     if os.path.exists(path):
         os.replace(path, f"{path}.previous")
@@ -1118,42 +1077,40 @@ def read_checkpoint(path, needs):
 
 
 def load_checkpoint(path, required=True, needs=()):
-    """State saved by save_checkpoint, on the CPU; the one before where this is damaged. None where there is none and
-    required is False. needs: keys of this stage's checkpoints. Raises UserError."""
-    problem = "" if not required else f"{path}: no such checkpoint"
+    """State saved by save_checkpoint, on the CPU. path: its file, or the folder of a run. Where it is damaged, the
+    one before; None where there is none and required is False. needs: keys that it must have. Raises UserError."""
+    if os.path.isdir(path):
+        path = Path(path, "checkpoint.pth")
     damaged = ""
-    for candidate in (f"{path}.new", path, f"{path}.previous"):  # .new: killed before the renaming
-        if not os.path.exists(candidate):
-            continue
+    candidates = (f"{path}.new", path, f"{path}.previous")  # .new: killed before the renaming
+    for file in filter(os.path.exists, candidates):
         try:
-            state = read_checkpoint(candidate, needs)
+            state = read_checkpoint(file, needs)
         except Exception as error:
-            reason = str(error) or type(error).__name__
-            damaged = damaged or f"{candidate}: cannot be loaded ({reason.splitlines()[0][:120]})"
-            continue
-        if damaged:
-            print(f"warning: {damaged}; going on from {candidate}", file=sys.stderr)
-        return state
+            reason = str(error).split("\n")[0][:120] or type(error).__name__
+            damaged = damaged or f"{file}: cannot be loaded ({reason})"
+        else:
+            if damaged:
+                print(f"warning: {damaged}; going on from {file}", file=sys.stderr)
+            return state
     if damaged:
-        problem = f"{damaged}; move it away to start anew"
-    if problem:
-        raise UserError(problem)
+        raise UserError(f"{damaged}; move it away to start anew")
+    if required:
+        raise UserError(f"{path}: no such checkpoint")
     return None
-
-
-PATHS = {"denoised", "denoiser", "run", "weights", "anchor_from", "init", "init_backbone"}
 
 
 def check_config(saved, current, free, where):
     """A run goes on only with the settings it was started with. Raises UserError naming each field
     that differs; a path is the same however it is spelled."""
-    def value(config, name):
-        found = config.get(name)
-        return os.path.realpath(found) if found and name in PATHS else found
-
-    names = sorted((set(saved) | set(current)) - set(free))
-    changed = [f"--{k} {saved.get(k)} (now {current.get(k)})" for k in names
-               if value(saved, k) != value(current, k)]
+    changed = []
+    for name in sorted({*saved, *current} - {*free}):
+        before, after = saved.get(name), current.get(name)
+        same = before == after
+        if name in PATHS and before and after:
+            same = os.path.realpath(before) == os.path.realpath(after)
+        if not same:
+            changed.append(f"--{name} {before} (now {after})")
     if changed:
         raise UserError(f"{where} holds a run with other settings; use the same flags or another "
                         f"--out: {', '.join(changed)}")
@@ -1194,24 +1151,21 @@ class Loop:
         self.batch, self.mine = share(args.batch_size, images)
         self.steps = images // self.batch  # an epoch
         self.epoch, self.step, seconds = position
+        self.total = self.epoch * self.steps + self.step  # steps of the run
         self.losses, self.signals = [], []
         on_signal(lambda *_: self.signals.append(1))
-        self.began, self.saved = now() - seconds, now()
         self.logged_step, self.logged_time = self.total, now()
-        self.path = Path(args.out) / "log.jsonl"
-        least, most = all_reduce(torch.tensor([-self.total, self.total]), "MAX").tolist()
-        if least + most:
-            raise UserError(f"--out {args.out}: processes found different checkpoints; nodes must "
-                            "share this folder")
+        self.saved, self.began = self.logged_time, self.logged_time - seconds
+        self.path = Path(args.out, "log.jsonl")
+        least = all_reduce(torch.tensor(self.total), "MIN")
+        most = all_reduce(torch.tensor(self.total), "MAX")
+        if least != most:
+            raise UserError(f"--out {args.out}: processes found different checkpoints; nodes must share this folder")
         if world()[0] == 0:  # on resume the lines after the checkpoint are dropped
-            kept = [r for r in read_log(self.path) if r["step"] <= self.total]
-            write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+            kept = [json.dumps(r) + "\n" for r in read_log(self.path) if r["step"] <= self.total]
+            write_text(self.path, "".join(kept))
         self.bar = tqdm(total=self.steps * args.epochs, initial=self.total,
                         disable=world()[0] > 0 or None, unit="step")
-
-    @property
-    def total(self):
-        return self.epoch * self.steps + self.step  # steps of the run
 
     def position(self):
         return self.epoch, self.step, now() - self.began
@@ -1221,9 +1175,9 @@ class Loop:
         first = self.step
         for epoch in range(self.epoch, epochs):
             rng = generator(self.args.seed, "order", epoch)
-            order = torch.randperm(self.images, generator=rng).tolist()
+            batches = torch.randperm(self.images, generator=rng).split(self.batch)
             for step in range(first, self.steps):
-                yield epoch, step, order[step * self.batch:(step + 1) * self.batch]
+                yield epoch, step, batches[step].tolist()
             first = 0
 
     def batches(self, make, epochs):
@@ -1236,14 +1190,14 @@ class Loop:
     def tick(self, losses, record):
         """After a step: losses, a dict of scalar tensors; record: what else a log line holds. True
         after a signal: saved, leave with EXIT_STOPPED."""
-        record = {"epoch": self.epoch, **record}
-        self.losses.append({k: v.detach() for k, v in losses.items()})
-        self.step += 1
+        logs, record = self.logs_next(), {"epoch": self.epoch, **record}
+        self.names = list(losses)
+        self.losses.append(torch.stack(list(losses.values())).detach())
+        self.total += 1
+        self.epoch, self.step = divmod(self.total, self.steps)
         self.bar.update()
-        if self.total % self.args.log_steps == 0:
+        if logs:
             self.log(record)
-        if self.step == self.steps:
-            self.epoch, self.step = self.epoch + 1, 0
         due = now() - self.saved > 60 * self.args.save_minutes
         stop, due = all_reduce(torch.tensor([len(self.signals), due]), "MAX").tolist()
         if stop:
@@ -1259,33 +1213,29 @@ class Loop:
         for the device. Raises UserError at the first term that is not finite."""
         if not self.losses:
             return {}
-        names = list(self.losses[0])
-        rows = [torch.stack(list(terms.values())) for terms in self.losses]
-        values = (all_reduce(torch.stack(rows).float()) / world()[1]).cpu()  # (steps, terms)
-        self.losses = []
+        values = torch.stack(self.losses).float()  # (steps, terms)
+        values, self.losses = (all_reduce(values) / world()[1]).cpu(), []
         for step, row in enumerate(values, self.total - len(values) + 1):
-            bad = [name for name, finite in zip(names, row.isfinite(), strict=True) if not finite]
-            if bad:  # the last one: the total, their sum, comes first
+            bad = [name for name, value in zip(self.names, row, strict=True) if not value.isfinite()]
+            if bad:  # name the last bad term: the total is listed first
                 raise UserError(f"loss term {bad[-1]} is not finite at step {step}; the last good "
                                 "checkpoint is kept; use a lower --lr, or --amp off")
-        return dict(zip(names, values.mean(0).tolist(), strict=True))
+        return dict(zip(self.names, values.mean(0).tolist(), strict=True))
 
     def log(self, record):
         images = (self.total - self.logged_step) * self.batch
         line = {"step": self.total, **self.means(), **record, "seconds": now() - self.began,
                 "images_s": images / (now() - self.logged_time)}
         self.logged_step, self.logged_time = self.total, now()
-        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
         shown = ("total", "entropy", "rank", "images_s")
-        self.bar.set_postfix({k: f"{line[k]:.3g}" for k in shown if k in line})
+        self.bar.set_postfix({k: line[k] for k in shown if k in line})
         if world()[0] > 0:
             return
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error}); the last checkpoint is "
-                            "kept") from None
+            raise UserError(f"{self.path}: cannot be written ({error}); the last checkpoint is kept") from None
 
     def checkpoint(self, text=""):
         """Save, unless a loss was not finite; all processes wait for it: one that ends before ends the others."""
@@ -1335,6 +1285,7 @@ TRAINING_FLAGS = {
 }
 CHOICES = {"amp": ["auto", "bf16", "fp16", "off"]}
 FREE = {"out", "preset", "workers", "device", "amp", "cache_gb", "log_steps", "save_minutes"}
+PATHS = {"denoised", "denoiser", "run", "weights", "anchor_from", "init", "init_backbone"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1353,27 +1304,22 @@ def read_flags(argv, doc, presets, groups, choices=(), positive=()):
     has its default's type, a list's numbers are separated by commas. choices: {flag: [values]}.
     positive: flags that must be more than 0; every number is at least 0 and finite.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    parser.add_argument("--preset", default="demo", choices=list(presets),
-                        help="a set of defaults, the same for every stage; flags override it")
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo", choices=list(presets),
+                       help="a set of defaults, the same for every stage; flags override it")
+    parser = Parser(parents=[first], description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = CHOICES | dict(choices)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for name, (default, text) in flags.items():
-            kw = {"type": type(default)}
+            kw = {"type": floats if isinstance(default, list) else type(default), "choices": choices.get(name)}
             if isinstance(default, bool):
                 kw = {"action": argparse.BooleanOptionalAction}
-            elif isinstance(default, list):
-                kw = {"type": floats}
-            elif name in choices:
-                kw = {"choices": choices[name]}
             text = text.replace("%", "%%") + " (default %(default)s)"
             group.add_argument(f"--{name}", default=default, help=text, **kw)
-    first = Parser(add_help=False, allow_abbrev=False)  # for --help to show the preset's defaults
-    first.add_argument("--preset", default="demo", nargs="?")
     preset = first.parse_known_args(argv)[0].preset
-    parser.set_defaults(**presets.get(preset, {}))
+    parser.set_defaults(**presets[preset])  # before --help shows them
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if name in ("data", "out") and not value:
@@ -1395,7 +1341,8 @@ def check_number(name, value, positive):
 def report_error(error):
     """Print what ended a process: bad input, a full disk or memory in one line. A defect of ours is
     raised again, with its traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = str(error) or type(error).__name__
+    lines = text.splitlines()
     if isinstance(error, UserError):
         line = lines[-1]  # a worker's has its traceback before it
         print(f"error: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
@@ -1403,7 +1350,7 @@ def report_error(error):
         print(f"error: {lines[0]}", file=sys.stderr)
     elif world()[1] == 1:
         raise error
-    elif isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):
+    elif isinstance(error, dist.DistError) or re.search("gloo|NCCL", text):
         print("stopped: another process has failed", file=sys.stderr)
     else:
         traceback.print_exception(error)
