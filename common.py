@@ -9,7 +9,6 @@ import argparse
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -46,13 +45,11 @@ NOISES = {}  # name -> NoiseModel
 
 def noise(name, inverse=False, most=math.inf):
     """Register a noise model: a function (x, level, rng) -> x with noise, or (x, a, b, ..., rng).
-
     x: float32 tensor (H, W, C) in [0, 1]; the result is clipped later. level: the number in the
     spec, several are separated by commas. rng: torch generator of this image. inverse: a smaller
-    (first) level means stronger noise. most: the largest level that makes sense.
-    """
+    (first) level means stronger noise. most: the largest level that makes sense."""
     def register(function):
-        parameters = len(inspect.signature(function).parameters) - 2  # without x and rng
+        parameters = function.__code__.co_argcount - 2  # without x and rng
         NOISES[name] = NoiseModel(function, parameters, inverse, most)
         return function
     return register
@@ -91,8 +88,8 @@ def camera(x, photons, sigma, rng):
 
 
 def parse_noise(spec):
-    """(name, [(low, high) of each parameter]) of a spec; None of 'none'. Raises UserError.
-    'gauss50-255', a level an image -> ('gauss', [(50, 255)]); 'camera30,5' -> ('camera', [(30, 30), (5, 5)])."""
+    """(name, [(low, high) of each parameter]) of a spec, None of 'none': 'camera30,5-9' (a level an
+    image from 5 to 9) -> ('camera', [(30, 30), (5, 9)]). Raises UserError."""
     if spec == "none":
         return None
     number = r"\d*\.?\d+"
@@ -105,16 +102,16 @@ def parse_noise(spec):
     for level in levels.split(","):
         low, _, high = level.partition("-")
         ranges.append((float(low), float(high or low)))
-    if len(ranges) != model.parameters:
-        raise UserError(f"--noise {spec}: {name} takes {model.parameters} numbers, separated by commas")
-    if not all(0 < low <= high <= model.most for low, high in ranges):
-        raise UserError(f"--noise {spec}: levels are more than 0, up to {model.most:g}, the lower one of a range first")
+    fit = all(0 < low <= high <= model.most for low, high in ranges)
+    if not fit or len(ranges) != model.parameters:
+        raise UserError(f"--noise {spec}: {name} takes {model.parameters} numbers separated by commas, "
+                        f"more than 0, up to {model.most:g}; of a range, the lower one first")
     return name, ranges
 
 
 def generator(*key, device="cpu"):
-    """Torch generator from the hash of a key such as (seed, epoch, step): a run that goes on needs nothing else.
-    (On CPUs torch takes 32 bits of the seed: of a million images, a hundred pairs share their draws.)"""
+    """Torch generator from the hash of a key such as (seed, epoch, step): resuming needs no more.
+    (On CPUs torch takes 32 bits: of a million images, a hundred pairs share their draws.)"""
     text = ":".join(map(str, key)).encode("utf-8", "surrogateescape")
     seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
     return torch.Generator(device).manual_seed(seed)
@@ -130,9 +127,9 @@ def noise_draw(spec, key, seed=0):
 
 
 def add_noise(image, spec, key, seed=0):
-    """Noise of `spec` on one image: float32 (H, W, C) in [0, 1], an array or a tensor, to a tensor
-    of the same, clipped. key: the image's path relative to the data folder ('train/cat/1.png').
-    The same key and seed give the same bits."""
+    """Noise of `spec` on an image, an array or tensor of float32 (H, W, C) in [0, 1]: a tensor of the
+    same, clipped. The same key (its path in the data folder, 'train/cat/1.png') and seed give the
+    same bits."""
     image = torch.as_tensor(image)
     if spec == "none":
         return image
@@ -142,15 +139,15 @@ def add_noise(image, spec, key, seed=0):
 
 # ==== images ======================================================================================
 # A folder is a sorted list of relative paths. An image is read as uint8 (C, H, W).
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
-            if kind in Image.OPEN and kind != "MPEG"} | {".npy"}
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items()
+                 if kind in Image.OPEN and kind != "MPEG") + (".npy",)
 ENDS = b"IEND\xaeB`\x82", b"\xff\xd9"  # how a whole PNG and a whole JPEG end
 CHECKED = 10_000  # images whose headers are read at the start; of a larger folder, so many of them
 
 
 def list_images(root):
-    """Relative posix paths of all images below root, sorted. Hidden names are skipped. Links are
-    followed; a folder that several links lead to counts once."""
+    """Relative posix paths of all images below root, sorted, but hidden ones. A folder that several
+    links lead to counts once."""
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         # sorted: of several links to one folder, every machine takes the same
@@ -161,25 +158,22 @@ def list_images(root):
             continue
         seen.add(real)
         for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES and not name.startswith("."):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 found.append(Path(folder, name).relative_to(root).as_posix())
     return sorted(found)
 
 
 def read_image(path):
     """One file, upright: array (H, W, C) of any real dtype. Palette, alpha and CMYK become RGB of
-    8 bit. Raises UserError for what is not a whole image."""
+    8 bit. Raises UserError."""
     try:
         if not path.is_file():  # a pipe would wait for ever
-            raise OSError("not a file" if path.exists() else
-                          "it is gone, or a link to nothing; was the folder moved?")
+            raise OSError("not a file" if path.exists() else "it is gone, or a link to nothing; was the folder moved?")
         if path.stat().st_size == 0:
             raise OSError("empty file")
         x = read_array(path) if path.suffix.lower() == ".npy" else read_picture(path)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{path}: not a readable image ({error}); repair it or move it out of the "
-                        "folder") from None
+        raise UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder") from None
     if x.dtype.kind not in "iu":
         to_float(x, path)  # checks type and values
     return np.atleast_3d(x)
@@ -226,14 +220,14 @@ def read_shape(path):
 
 
 def to_float(x, path=""):
-    """Array to float32 tensor in [0, 1]: integers by their dtype's range, floats as they are. Raises UserError."""
+    """Array to float32 in [0, 1]: integers by their dtype's range, floats as they are. Raises UserError."""
     if x.dtype == np.uint8:
         return torch.from_numpy(x).float().div_(255)
     if x.dtype.kind in "iu":
         limits = np.iinfo(x.dtype)
         x = (x.astype(np.float64) - limits.min) / (limits.max - limits.min)
     if x.dtype.kind not in "fb":
-        raise UserError(f"{path}: dtype {x.dtype} is not an image; save integers, or floats in [0, 1]")
+        raise UserError(f"{path}: is no image, its dtype is {x.dtype}; save integers or floats")
     low, high = x.min(), x.max()
     if not (low >= 0 and high <= 1):  # NaN is neither
         raise UserError(f"{path}: float values must be finite and in [0, 1], found {low:g} to {high:g}; rescale")
@@ -254,10 +248,10 @@ def parallel(function, items, name, workers=None):
 class Folder:
     """The images of one split. `read(i, source)` gives image i as source noisy, clean or denoised.
 
-    data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic noise, put on as an
-    image is read; 'none' where they are noisy already. denoised: folder with the same relative paths, any suffix.
-    channels: those of the training images, where this is another split. Grey serves as colour. Raises UserError for
-    what is wrong; a broken file beyond the CHECKED ones, when it is read.
+    data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
+    noise, put on as an image is read. denoised: folder with the same relative paths, any suffix.
+    channels: those of the training images, where this is another split; grey serves as colour.
+    Raises UserError; for a broken file beyond the CHECKED ones, when it is read.
     """
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None):
         parse_noise(spec)  # a bad spec is named first
@@ -277,8 +271,8 @@ class Folder:
         files = [self.data / self.paths[i] for i in self.checked]
         self.shapes = np.array(parallel(read_shape, files, "check"))  # (checked, 3): H, W, C
         self.channels = channels or int(self.shapes[:, 2].max())
-        for file, shape in zip(files, self.shapes, strict=True):
-            self.check(file, shape)
+        for file, channels in zip(files, self.shapes[:, 2], strict=True):
+            self.check(file, channels)
         self.denoised = self.match(Path(denoised)) if denoised else None
 
     def __len__(self):
@@ -288,10 +282,10 @@ class Folder:
         """Indices of up to `most` images, spread evenly over the sorted list."""
         return np.linspace(0, len(self) - 1, min(most, len(self))).astype(int).tolist()
 
-    def check(self, path, shape):
-        """Raises UserError unless an image of this shape (H, W, C) has the channels of this set."""
-        if shape[2] != self.channels and (shape[2], self.channels) != (1, 3):
-            raise UserError(f"{path}: files differ in their number of channels, it has {shape[2]}, "
+    def check(self, path, channels):
+        """Raises UserError unless a file of so many channels is of this set."""
+        if channels != self.channels and (channels, self.channels) != (1, 3):
+            raise UserError(f"{path}: files differ in their number of channels, it has {channels}, "
                             f"others or the training images have {self.channels}")
 
     def match(self, root):
@@ -304,19 +298,18 @@ class Folder:
         stems = self.stems()
         missing = [path for stem, path in stems.items() if stem not in found]
         if missing:
-            raise UserError(f"{root}: {len(missing)} of {len(self)} denoised images are missing, {missing[0]} first; "
-                            "write them, or let denoise.py apply make them")
+            raise UserError(f"{root}: {len(missing)} of {len(self)} denoised images are missing, "
+                            f"{missing[0]} first; write them, or let denoise.py apply make them")
         files = [found[stem] for stem in stems]
         shapes = parallel(read_shape, [files[i] for i in self.checked], "check")
         for i, shape, seen in zip(self.checked, self.shapes.tolist(), shapes, strict=True):
             if list(seen[:2]) != shape[:2]:
-                raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is {tuple(shape)} "
-                                "(height, width, channels)")
+                raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is "
+                                f"{tuple(shape)} (height, width, channels)")
         return files
 
     def stems(self):
-        """{path without suffix, the name of its denoised image: path}. Raises UserError where two
-        images would share one."""
+        """{path without suffix: path}: the names of the denoised images. Raises UserError."""
         stems = {}
         for path in self.paths:
             other = stems.setdefault(os.path.splitext(path)[0], path)
@@ -325,12 +318,12 @@ class Folder:
         return stems
 
     def read(self, i, source="noisy"):
-        """Image i as uint8 (C, H, W). Raises UserError for a file that cannot be used."""
+        """Image i as uint8 (C, H, W). Raises UserError."""
         if source in self.memory:
             return self.memory[source][i]
         path = self.denoised[i] if source == "denoised" else self.data / self.paths[i]
         x = read_image(path)
-        self.check(path, x.shape)
+        self.check(path, x.shape[2])
         if x.shape[2] < self.channels:  # grey among colour
             x = np.repeat(x, self.channels, axis=2)
         spec = self.spec if source == "noisy" else "none"
@@ -355,11 +348,11 @@ class Folder:
     def hold(self, sources, gigabytes, workers):
         """Keep the images of these sources in memory, where they fit: decoded and made noisy once,
         shared by the workers."""
-        size = self.shapes[:, :2].prod(1).mean() * len(self) * self.channels  # bytes
-        if size * len(sources) <= gigabytes * 1e9:
+        pixels = self.shapes[:, :2].prod(1).mean() * len(self)
+        if pixels * self.channels * len(sources) <= gigabytes * 1e9:
             for source in sources:
-                read = functools.partial(self.read, source=source)
-                self.memory[source] = parallel(read, range(len(self)), f"read {source}", workers or 1)
+                read, name = functools.partial(self.read, source=source), f"read {source}"
+                self.memory[source] = parallel(read, range(len(self)), name, workers or 1)
 
     def fingerprint(self):
         """The same for the same names and sizes of files, wherever they lie."""
@@ -372,11 +365,11 @@ class Folder:
     def labels(self):
         """Class name of each image: the folder below the split. Raises UserError."""
         if any(p.count("/") < 2 for p in self.paths):
-            raise UserError(f"{self.data}: labels need a folder a class: train/<class>/ and val/<class>/")
+            raise UserError(f"{self.data}: labels need folders train/<class>/ and val/<class>/")
         return [p.split("/")[1] for p in self.paths]
 
     def stats(self, most=2000):
-        """Per-channel mean and standard deviation of the noisy images in [0, 1], from up to `most` of them."""
+        """Mean and standard deviation of each channel of the noisy images in [0, 1], of up to `most`."""
         def moments(i):  # (3, C): pixels, sum, sum of squares
             x = self.read(i).flatten(1).double() / 255  # (C, H W)
             return torch.stack([torch.ones_like(x).sum(1), x.sum(1), (x * x).sum(1)])
@@ -399,7 +392,7 @@ class Made(torch.utils.data.Dataset):
 
 def prefetch(make, keys, device, workers):
     """Yield make(*key), tensors in lists or dicts, of every key in order, on the device. Worker
-    processes make them ahead, from one iterable of keys over all epochs."""
+    processes make them ahead."""
     loader = torch.utils.data.DataLoader(
         Made(make), batch_size=None, sampler=keys, num_workers=workers,
         pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None,
@@ -425,8 +418,8 @@ def end_with(parent, _):
 # ==== crops: cut on the host ======================================================================
 # DINOv2's augmentation. Random numbers are drawn once an image, for its noisy and denoised copy.
 def draw_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """Random resized crop (top, left, height, width): area uniform in `scale` of the image, aspect log-uniform; the
-    first of ten tries that fits, else the largest central box (torchvision's rule)."""
+    """Random resized crop (top, left, height, width): area uniform in `scale` of the image, aspect
+    log-uniform; the first of ten tries that fits, else the largest central box (torchvision)."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(*np.log(ratio)))
@@ -440,8 +433,7 @@ def draw_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
 
 
 def resize(image, height, width):
-    """uint8 (C, H, W) to (C, height, width): bicubic with antialias, as Pillow. (Antialias averages
-    noise: without it the problem would be another, harder one.)"""
+    """uint8 (C, H, W) to (C, height, width): bicubic with antialias, as Pillow; it averages noise."""
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
@@ -453,17 +445,16 @@ def cut(image, box, flip, size):
 
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "hue": 0.1, "saturation": 0.2}  # largest change
-MIXED = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}  # with grey, mean grey; else with black
+MIXED = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}  # with grey, mean grey
 UNCHANGED = (1, 0, 0)  # weights of an image, its grey and its mean grey
 
 
 def draw_color(rng, rgb, blur_p, solarize_p=0.0):
-    """The 24 numbers of one crop's colour operations, for `color`: jitter with p 0.8, grey 0.2, blur, solarise.
-
-    Brightness, contrast, saturation and grey each mix the image, its grey and its mean grey. Jitter has a random order:
-    up to three mixes come before the hue and up to three after it; unused ones change nothing. Images that are not RGB
-    have no saturation, grey or solarise; `color` does not turn their hue.
-    """
+    """The 24 numbers of one crop's colour operations, for `color`: jitter (p 0.8), grey (p 0.2), blur,
+    solarise. Brightness (with black), contrast, saturation and grey each mix the image, its grey and
+    its mean grey. Jitter has a random order: up to three mixes come before the hue and up to three
+    after it; unused ones change nothing. Images that are not RGB have no saturation, grey or
+    solarise; `color` ignores their hue."""
     mixes = [UNCHANGED] * 7  # three before the hue, three after it, grey
     hue, place = 0.0, 0
     jittered = rng.random() < 0.8
@@ -492,7 +483,7 @@ def luma(x):
 
 
 def mix(x, weights):
-    """The weighted sum of images (B, C, S, S), their grey and their mean grey, clipped; weights (B, 3)."""
+    """Weighted sum of images (B, C, S, S), their grey and mean grey, clipped; weights (B, 3)."""
     image, grey, mean = weights[:, :, None, None, None].unbind(1)  # each (B, 1, 1, 1)
     y = luma(x)
     mixed = torch.addcmul(image * x, grey, y)
@@ -500,7 +491,7 @@ def mix(x, weights):
 
 
 def adjust_hue(x, turn):
-    """Turn the hue of RGB images (B, 3, H, W) in [0, 1] by `turn` (B, 1, 1, 1) full circles, in HSV space."""
+    """Turn the hue (HSV) of RGB images (B, 3, H, W) in [0, 1] by `turn` (B, 1, 1, 1) full circles."""
     value, largest = x.max(1, keepdim=True)
     least = x.amin(1, keepdim=True)
     chroma = value - least
@@ -542,8 +533,8 @@ def color(crops, numbers):
 
 # ==== masks =======================================================================================
 def draw_masks(crops, rows, columns, rng, ratio=(0.1, 0.5), p=0.5):
-    """iBOT's block-wise masks as DINOv2 draws them: bool (crops, rows * columns). A share p of the crops is masked;
-    their ratios are stratified over `ratio`, the number of patches is truncated."""
+    """iBOT's block-wise masks as DINOv2 draws them: bool (crops, rows * columns). A share p of the
+    crops is masked; their ratios are stratified over `ratio`, the number of patches truncated."""
     masks = np.zeros((crops, rows, columns), dtype=bool)
     chosen = rng.sample(range(crops), k=int(crops * p))
     for k, crop in enumerate(chosen):
@@ -553,8 +544,8 @@ def draw_masks(crops, rows, columns, rng, ratio=(0.1, 0.5), p=0.5):
 
 
 def add_blocks(mask, left, rng, least=4, aspect=0.3):
-    """Add blocks to one mask (rows, columns) until `left` patches are masked or ten tries in a row did not fit. The
-    area is uniform from `least` to what is left, the aspect log-uniform from 0.3 to its inverse (BEiT)."""
+    """Add blocks to one mask (rows, columns) until `left` patches are masked or ten tries in a row
+    did not fit (BEiT). Areas are uniform from `least` to what is left, aspects log-uniform."""
     rows, columns = mask.shape
     tries = 10
     while left > 0 and tries > 0:
@@ -609,8 +600,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values)
 
     def forward(self, x, keep=None):
-        """Tokens (B, N, D) to the same. keep (2, B, 1, 1): factors of the two branches of each
-        sample, for drop path."""
+        """Tokens (B, N, D) to the same. keep (2, B, 1, 1): of draw_keep, a factor a branch."""
         branch = self.ls1(self.attn(self.norm1(x)))
         x = x + (branch if keep is None else keep[0] * branch)
         branch = self.ls2(self.mlp(self.norm2(x)))
@@ -618,7 +608,7 @@ class Block(nn.Module):
 
 
 def draw_keep(depth, samples, drop_path, device, rng=None):
-    """Drop path (stochastic depth): factors (depth, 2, samples) of the branches, 0 with probability
+    """Drop path (stochastic depth): factors (depth, 2, samples) of branches, 0 with probability
     drop_path, else what keeps the mean 1."""
     uniform = torch.rand(depth, 2, samples, generator=rng, device=device)
     return (uniform >= drop_path) / (1 - drop_path)
@@ -637,11 +627,8 @@ def resize_pos_embed(pos_embed, rows, columns):
 
 class VisionTransformer(nn.Module):
     """ViT with LayerScale. model(x): images (B, C, H, W), sides multiples of patch_size, to normed
-    class tokens (B, D).
-
-    `forward_features(x, masks)` gives 'cls' (B, D) and 'patches' (B, N, D), normed. masks (B, N)
-    bool: the mask token takes the place of these patches before the position embedding (iBOT).
-    """
+    class tokens (B, D). forward_features(x, masks): 'cls' (B, D) and 'patches' (B, N, D), normed;
+    the mask token replaces patches of masks (B, N) before the position embedding (iBOT)."""
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, depth=12,
                  num_heads=6, init_values=1e-5, drop_path=0.0, registers=0):
         super().__init__()
@@ -668,7 +655,7 @@ class VisionTransformer(nn.Module):
         B, _, H, W = x.shape
         rows, columns = H // self.patch_size, W // self.patch_size
         if H % self.patch_size or W % self.patch_size:
-            raise ValueError(f"image of {H} x {W} pixels: no multiple of patch size {self.patch_size}")
+            raise ValueError(f"{H} x {W} pixels are no multiple of patch size {self.patch_size}")
         x = self.patch_embed["proj"](x).flatten(2).mT  # (B, N, D)
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
@@ -681,7 +668,7 @@ class VisionTransformer(nn.Module):
 
     def last_layers(self, x, n=1, masks=None, keep=None):
         """forward_features after each of the last n blocks, the last one first. keep (depth, 2, B):
-        of draw_keep; drawn here in training if not given."""
+        of draw_keep; in training drawn here if not given."""
         depth = len(self.blocks)
         if keep is None and self.training and self.drop_path:
             keep = draw_keep(depth, len(x), self.drop_path, x.device)
@@ -708,8 +695,7 @@ def init_linear(module):
         nn.init.zeros_(module.bias)
 
 
-ARCHS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12),
-         "vit_large": (1024, 24, 16)}
+ARCHS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
 
 
 def make_vit(arch, patch_size=16, **kw):
@@ -719,7 +705,7 @@ def make_vit(arch, patch_size=16, **kw):
         if min(dim, depth, heads) < 1 or dim % heads:
             raise ValueError
     except ValueError:
-        raise UserError(f"--arch {arch}: use {', '.join(ARCHS)}, or WIDTH,DEPTH,HEADS: 128,4,4") from None
+        raise UserError(f"--arch {arch}: use one of {', '.join(ARCHS)}, or WIDTH,DEPTH,HEADS: 128,4,4") from None
     return VisionTransformer(patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads, **kw)
 
 
@@ -734,15 +720,16 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}  # of attention, by width: no weight
 
 
 def read_backbone(path):
-    """A ViT's flat state dict with our names, from a file of ours, of DINOv2's or the paper's code (a 'teacher' entry,
-    'backbone.' in front, blocks in chunks or not) or of timm. Raises UserError."""
+    """A ViT's flat state dict with our names, from a file of ours, of timm, of DINOv2's or the paper's
+    code (a 'teacher' entry, 'backbone.' in front, blocks in chunks or not). Raises UserError."""
     state, weights = load_checkpoint(path), {}
     for entry in ("teacher", "model", "state_dict"):
         if isinstance(state.get(entry), dict):
             state = state[entry]
     for name, value in state.items():
-        name = str(name).removeprefix("module.").removeprefix("backbone.").replace("reg_token", "register_tokens")
-        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)  # 'blocks.1.7.': number 7, in chunk 1
+        name = re.sub(r"^(module\.|backbone\.)*", "", str(name))
+        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)  # 'blocks.1.7.': 7, in chunk 1
+        name = name.replace("reg_token", "register_tokens")
         if torch.is_tensor(value):
             weights[name] = value.float()
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"):
@@ -754,21 +741,16 @@ def read_backbone(path):
     elif math.isqrt(n - 1) ** 2 != n - 1:
         raise UserError(f"{path}: pos_embed has {n} positions, not a square and one")
     weights.setdefault("mask_token", torch.zeros(1, dim))
-    for k in range(depth_of(weights)):  # of a ViT without LayerScale: it is 1
-        weights.setdefault(f"blocks.{k}.ls1.gamma", torch.ones(dim))
-        weights.setdefault(f"blocks.{k}.ls2.gamma", torch.ones(dim))
     return weights
 
 
-def depth_of(weights):
-    return sum(name.endswith(".norm1.weight") for name in weights)
-
-
 def load_backbone(model, weights, path):
-    """Weights of read_backbone into a ViT, the position embedding resized. Gives the names that the ViT does not have,
-    but for those of heads. Raises UserError where one is missing or of another shape."""
+    """Weights of read_backbone into a ViT, the position embedding resized, LayerScale 1 where they
+    have none. Gives the names that the ViT does not have, but for heads'. Raises UserError."""
     side = math.isqrt(model.pos_embed.shape[1] - 1)
-    weights = {**weights, "pos_embed": resize_pos_embed(weights["pos_embed"], side, side)}
+    pos_embed = resize_pos_embed(weights["pos_embed"], side, side)
+    ones = {name: torch.ones_like(p) for name, p in model.named_parameters() if "gamma" in name}
+    weights = {**ones, **weights, "pos_embed": pos_embed}
     try:
         missing, unused = model.load_state_dict(weights, strict=False)
         if missing:
@@ -780,17 +762,18 @@ def load_backbone(model, weights, path):
 
 
 def vit_of(path, heads=0):
-    """The ViT of a file of weights, its architecture read from their shapes; heads: of attention, 0 for the usual
-    number. Raises UserError."""
+    """The ViT of a file of weights, its architecture read from their shapes; heads: of attention,
+    0 for the usual number. Raises UserError."""
     weights = read_backbone(path)
     dim, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
-    heads = heads or HEADS.get(dim, 0)
+    heads = heads or HEADS.get(dim)
     if not heads or dim % heads:
-        raise UserError(f"{path}: width {dim} and {heads or 'an unknown number of'} heads do not fit; give --heads")
+        raise UserError(f"{path}: width {dim} and {heads} heads do not fit; give --heads")
+    depth = sum(name.endswith(".norm1.weight") for name in weights)
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     registers = weights.get("register_tokens", torch.empty(1, 0)).shape[1]
-    model = make_vit(f"{dim},{depth_of(weights)},{heads}", patch_size, img_size=side * patch_size, in_chans=channels,
-                     registers=registers)
+    model = make_vit(f"{dim},{depth},{heads}", patch_size, img_size=side * patch_size,
+                     in_chans=channels, registers=registers)
     unused = load_backbone(model, weights, path)
     if unused:
         raise UserError(f"{path}: is no plain ViT, it has {', '.join(unused[:3])}")
@@ -802,19 +785,17 @@ STUDENT_TEMP = 0.1  # DINOv2 default
 
 
 class DINOHead(nn.Module):
-    """Tokens (..., in_dim) to prototype logits (..., out_dim): three-layer MLP, L2 normalise, weight-normed linear."""
+    """Tokens (..., in_dim) to prototype logits (..., out_dim): MLP, L2 normalise, weight-normed linear."""
     def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim), nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+            nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim))
         self.apply(init_linear)
-        self.last_layer = nn.ParameterDict({  # keys of torch's weight_norm: length and direction
-            "weight_g": torch.ones(out_dim, 1),
-            "weight_v": torch.empty(out_dim, bottleneck_dim)})
         limit = bottleneck_dim ** -0.5  # as torch's Linear: it sets how fast Adam turns prototypes
-        nn.init.uniform_(self.last_layer["weight_v"], -limit, limit)
+        direction = torch.empty(out_dim, bottleneck_dim).uniform_(-limit, limit)
+        # the keys of torch's weight_norm: length and direction
+        self.last_layer = nn.ParameterDict({"weight_g": torch.ones(out_dim, 1), "weight_v": direction})
 
     def forward(self, x):
         length, direction = self.last_layer["weight_g"], self.last_layer["weight_v"]
@@ -828,7 +809,7 @@ def softmax_center(logits, center, temp):
 
 
 def update_center(center, logits, momentum=0.9):
-    """EMA of the mean teacher output over the rows (M, K) of all processes: (1, K). After the targets were made."""
+    """EMA (1, K) of the mean teacher output over the rows (M, K) of all processes."""
     total = all_reduce(logits.float().sum(0, keepdim=True))
     rows = all_reduce(torch.full((1,), float(len(logits)), device=logits.device))
     mean = total / rows.clamp(min=1)
@@ -836,7 +817,7 @@ def update_center(center, logits, momentum=0.9):
 
 
 def sinkhorn(logits, temp, iterations=3):
-    """Sinkhorn-Knopp targets (M, K): rows sum to 1, prototypes are used equally; over all processes, in log space."""
+    """Sinkhorn-Knopp targets (M, K) over all processes, in log space: prototypes are used equally."""
     log_q = logits.float() / temp
     least = log_q.new_full((1, log_q.shape[1]), -1e30)  # where this process has no row
     for _ in range(iterations):
@@ -852,8 +833,8 @@ def cross_entropy(targets, logits):
 
 
 def dino_loss(student_logits, targets):
-    """Cross-view class-token loss (DINOv2). student_logits: list of (B, K), the two global crops first, then the
-    locals; targets (2, B, K), one per global view. Sum over the pairs of different views, divided by their number."""
+    """Cross-view class-token loss (DINOv2): the mean over pairs of different views. student_logits:
+    list of (B, K), the two global crops first, then the locals; targets (2, B, K) of the global."""
     first, second, *local = student_logits
     loss = cross_entropy(targets[1], first).mean() + cross_entropy(targets[0], second).mean()
     both = targets.sum(0)  # a local crop meets both global views
@@ -863,12 +844,12 @@ def dino_loss(student_logits, targets):
 
 
 def ibot_loss(student_logits, targets, weights, n_crops):
-    """Masked-patch loss (iBOT). (M, K), (M, K), weights (M,) = 1 / masked patches of the row's crop; n_crops = 2B."""
+    """Masked-patch loss (iBOT). (M, K), (M, K), weights (M,): 1 / masked patches of its crop; n_crops 2B."""
     return (weights * cross_entropy(targets, student_logits)).sum() / n_crops
 
 
 def koleo_loss(x):
-    """-mean log distance to the nearest neighbour of L2-normalised rows (B, D), one view; 0 for one row."""
+    """-mean log distance to the nearest neighbour of L2-normalised rows (B, D); 0 for one row."""
     if len(x) < 2:
         return x.sum() * 0.0
     with torch.autocast(x.device.type, enabled=False):
@@ -914,8 +895,7 @@ def param_groups(backbone, head, layer_decay=0.9, patch_embed_mult=0.2):
     for name, p in head.named_parameters():
         decay = 0.0 if name.endswith("bias") else 1.0
         groups.setdefault((1.0, decay, "last_layer" in name), []).append(p)
-    return [{"params": p, "lr_mult": rate, "wd_mult": decay, "last": last}
-            for (rate, decay, last), p in groups.items()]
+    return [{"params": p, "lr_mult": rate, "wd_mult": decay, "last": last} for (rate, decay, last), p in groups.items()]
 
 
 # ==== runtime: processes, precision ===============================================================
@@ -931,7 +911,7 @@ def world():
 
 
 def setup(device="auto"):
-    """Join the processes of torchrun, if any, and pick the device. Gives torch.device. Raises UserError."""
+    """Join the processes of torchrun, if any. Gives the torch.device. Raises UserError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -957,7 +937,7 @@ def all_reduce(x, op="SUM"):
 
 
 def gather_rows(x):
-    """Rows (B, ...) of all processes in rank order (world * B, ...); only this process's rows carry a gradient."""
+    """Rows (B, ...) of all processes in rank order; only this process's carry a gradient."""
     rank, size = world()
     rows = [torch.empty_like(x) for _ in range(size)]
     if size > 1:
@@ -968,7 +948,7 @@ def gather_rows(x):
 
 def share(n, images):
     """(global batch, this process's slice of it) of a batch of n, or of all images where there are
-    fewer. Raises UserError where the batch does not divide by the processes."""
+    fewer. Raises UserError."""
     rank, size = world()
     if images < n:
         say(f"warning: --batch_size {n} is larger than the set of {images} images; using {images}")
@@ -980,8 +960,7 @@ def share(n, images):
 
 
 def autocast(device, amp):
-    """(autocast context factory, gradient scaler: the identity but for fp16) of --amp auto, bf16,
-    fp16 or off. Raises UserError."""
+    """(autocast context factory, gradient scaler: the identity but for fp16). Raises UserError."""
     if amp == "auto":
         amp = "off"
         if device.type == "cuda":
@@ -1003,8 +982,8 @@ def say(text):
 
 # ==== runtime: files ==============================================================================
 def write_atomic(path, write, sync=True):
-    """write(file) into a hidden file beside path, flush, rename: path is whole or untouched. What a
-    killed process left there, the next one overwrites. Raises UserError."""
+    """write(file) into a hidden file beside path, then rename: path is whole or untouched. What a
+    killed process leaves is overwritten by the next. Raises UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -1051,7 +1030,7 @@ def not_finite(state, name=""):
 
 
 def save_checkpoint(path, state):
-    """Atomic; the checkpoint before stays beside it as NAME.previous. Raises UserError where a value is not finite."""
+    """Atomic; the checkpoint before stays beside it as NAME.previous. Raises UserError."""
     for name in not_finite(state):
         raise UserError(f"{path}: {name} is not finite; the last good checkpoint is kept; use a lower --lr")
     new = f"{path}.new"
@@ -1077,8 +1056,8 @@ def read_checkpoint(path, needs):
 
 
 def load_checkpoint(path, required=True, needs=()):
-    """State saved by save_checkpoint, on the CPU. path: its file, or the folder of a run. Where it is damaged, the
-    one before; None where there is none and required is False. needs: keys that it must have. Raises UserError."""
+    """State of save_checkpoint on the CPU, from its file or a run's folder; where it is damaged, the
+    one before; None where there is none and it is not required. needs: its keys. Raises UserError."""
     if os.path.isdir(path):
         path = Path(path, "checkpoint.pth")
     damaged = ""
@@ -1101,8 +1080,8 @@ def load_checkpoint(path, required=True, needs=()):
 
 
 def check_config(saved, current, free, where):
-    """A run goes on only with the settings it was started with. Raises UserError naming each field
-    that differs; a path is the same however it is spelled."""
+    """A run goes on only with the settings it was started with. Raises UserError naming each that
+    differs; a path is the same however it is spelled."""
     changed = []
     for name in sorted({*saved, *current} - {*free}):
         before, after = saved.get(name), current.get(name)
@@ -1117,12 +1096,12 @@ def check_config(saved, current, free, where):
 
 
 def read_log(path):
-    """Records of a log.jsonl, [] where there is none; lines that a crash cut short or garbled are left out."""
-    text = Path(path).read_text(errors="replace") if Path(path).exists() else ""
+    """Records of a log.jsonl, if there is one, without lines that a crash cut short or garbled."""
     records = []
-    for line in text.splitlines():
-        with suppress(ValueError):
-            records.append(json.loads(line))
+    with suppress(FileNotFoundError):
+        for line in Path(path).read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
     return [r for r in records if isinstance(r, dict) and "step" in r]
 
 
@@ -1133,18 +1112,18 @@ def on_signal(act):
 
 
 def leave(*_):
-    """What a signal does outside of the loops: files are written whole or not at all, so the process may just end."""
+    """What a signal does outside of the loops: files are whole or untouched, so just end."""
     os.write(2, b"stopped; the same command goes on\n")
     os._exit(EXIT_STOPPED)
 
 
 class Loop:
-    """The clockwork of training: batches in the order of their epochs, progress bar, log.jsonl, losses kept on the
-    device, checkpoints, signals. SIGTERM, SIGINT and SIGUSR1 stop all processes after the step, saved.
+    """The clockwork of training: batches in order, progress bar, log.jsonl, checkpoints. SIGTERM,
+    SIGINT and SIGUSR1 stop all processes after the step, saved.
 
-    args: seed, batch_size, epochs, out, workers, log_steps, save_minutes. images: their number. position: (epoch,
-    step, seconds) to go on from. save(position) writes a checkpoint, on rank 0. Usage: for data in loop.batches(make,
-    epochs): ...; if loop.tick(losses, record): return
+    args: seed, batch_size, epochs, out, workers, log_steps, save_minutes. images: their number.
+    position: (epoch, step, seconds) to go on from. save(position) writes a checkpoint, on rank 0.
+    Usage: for data in loop.batches(make, epochs): ...; if loop.tick(losses, record): return
     """
     def __init__(self, args, images, position, device, save):
         self.args, self.images, self.device, self.save = args, images, device, save
@@ -1164,14 +1143,14 @@ class Loop:
         if world()[0] == 0:  # on resume the lines after the checkpoint are dropped
             kept = [json.dumps(r) + "\n" for r in read_log(self.path) if r["step"] <= self.total]
             write_text(self.path, "".join(kept))
-        self.bar = tqdm(total=self.steps * args.epochs, initial=self.total,
-                        disable=world()[0] > 0 or None, unit="step")
+        hidden = world()[0] > 0 or None
+        self.bar = tqdm(total=self.steps * args.epochs, initial=self.total, disable=hidden, unit="step")
 
     def position(self):
         return self.epoch, self.step, now() - self.began
 
     def keys(self, epochs):
-        """Yield (epoch, step, indices of the global batch) from the position on. Every epoch has its own order."""
+        """Yield (epoch, step, indices of the global batch) from the position on."""
         first = self.step
         for epoch in range(self.epoch, epochs):
             rng = generator(self.args.seed, "order", epoch)
@@ -1188,8 +1167,8 @@ class Loop:
         return (self.total + 1) % self.args.log_steps == 0
 
     def tick(self, losses, record):
-        """After a step: losses, a dict of scalar tensors; record: what else a log line holds. True
-        after a signal: saved, leave with EXIT_STOPPED."""
+        """After a step: losses, a dict of scalar tensors, 'total' first; record: what else a log line
+        holds. True after a signal: saved, leave with EXIT_STOPPED."""
         logs, record = self.logs_next(), {"epoch": self.epoch, **record}
         self.names = list(losses)
         self.losses.append(torch.stack(list(losses.values())).detach())
@@ -1210,13 +1189,14 @@ class Loop:
 
     def means(self):
         """Means over steps and processes of the losses since the last reading; only here we wait
-        for the device. Raises UserError at the first term that is not finite."""
+        for the device. Raises UserError."""
         if not self.losses:
             return {}
         values = torch.stack(self.losses).float()  # (steps, terms)
         values, self.losses = (all_reduce(values) / world()[1]).cpu(), []
         for step, row in enumerate(values, self.total - len(values) + 1):
-            bad = [name for name, value in zip(self.names, row, strict=True) if not value.isfinite()]
+            named = zip(self.names, row.isfinite(), strict=True)
+            bad = [name for name, finite in named if not finite]
             if bad:  # name the last bad term: the total is listed first
                 raise UserError(f"loss term {bad[-1]} is not finite at step {step}; the last good "
                                 "checkpoint is kept; use a lower --lr, or --amp off")
@@ -1238,7 +1218,7 @@ class Loop:
             raise UserError(f"{self.path}: cannot be written ({error}); the last checkpoint is kept") from None
 
     def checkpoint(self, text=""):
-        """Save, unless a loss was not finite; all processes wait for it: one that ends before ends the others."""
+        """Save, if the losses are finite; all processes wait: one that ends early ends the others."""
         self.means()
         if world()[0] == 0:
             self.save(self.position())
@@ -1300,9 +1280,9 @@ def floats(text):
 def read_flags(argv, doc, presets, groups, choices=(), positive=()):
     """The flags of a stage as a namespace. Raises UserError for unknown ones and bad values.
 
-    presets: {name: {flag: default}}, of --preset. groups: {title: {flag: (default, help)}}; a flag
-    has its default's type, a list's numbers are separated by commas. choices: {flag: [values]}.
-    positive: flags that must be more than 0; every number is at least 0 and finite.
+    presets: {name: {flag: default}}. groups: {title: {flag: (default, help)}}; a flag has its
+    default's type. choices: {flag: [values]}. positive: flags that must be more than 0; every
+    number is at least 0 and finite.
     """
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="demo", choices=list(presets),
@@ -1313,8 +1293,9 @@ def read_flags(argv, doc, presets, groups, choices=(), positive=()):
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for name, (default, text) in flags.items():
-            kw = {"type": floats if isinstance(default, list) else type(default), "choices": choices.get(name)}
-            if isinstance(default, bool):
+            kind = floats if isinstance(default, list) else type(default)
+            kw = {"type": kind, "choices": choices.get(name)}
+            if kind is bool:
                 kw = {"action": argparse.BooleanOptionalAction}
             text = text.replace("%", "%%") + " (default %(default)s)"
             group.add_argument(f"--{name}", default=default, help=text, **kw)
@@ -1339,8 +1320,8 @@ def check_number(name, value, positive):
 
 
 def report_error(error):
-    """Print what ended a process: bad input, a full disk or memory in one line. A defect of ours is
-    raised again, with its traceback."""
+    """Print what ended a process: bad input, a full disk or memory in one line; a defect of ours
+    with its traceback."""
     text = str(error) or type(error).__name__
     lines = text.splitlines()
     if isinstance(error, UserError):
