@@ -127,9 +127,8 @@ def noise_draw(spec, key, seed=0):
 
 
 def add_noise(image, spec, key, seed=0):
-    """Noise of `spec` on an image, an array or tensor of float32 (H, W, C) in [0, 1]: a tensor of the
-    same, clipped. The same key (its path in the data folder, 'train/cat/1.png') and seed give the
-    same bits."""
+    """Noise of `spec` on an array or tensor of float32 (H, W, C) in [0, 1]: a tensor of the same.
+    key: its path in the data folder, 'train/cat/1.png'. Same key and seed, same bits."""
     image = torch.as_tensor(image)
     if spec == "none":
         return image
@@ -146,8 +145,7 @@ CHECKED = 10_000  # images whose headers are read at the start; of a larger fold
 
 
 def list_images(root):
-    """Relative posix paths of all images below root, sorted, but hidden ones. A folder that several
-    links lead to counts once."""
+    """Relative posix paths of all images below root, sorted; hidden ones and links to folders seen left out."""
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         # sorted: of several links to one folder, every machine takes the same
@@ -164,8 +162,7 @@ def list_images(root):
 
 
 def read_image(path):
-    """One file, upright: array (H, W, C) of any real dtype. Palette, alpha and CMYK become RGB of
-    8 bit. Raises UserError."""
+    """One file, upright: (H, W, C) of any real dtype; palette, alpha, CMYK become RGB. Raises UserError."""
     try:
         if not path.is_file():  # a pipe would wait for ever
             raise OSError("not a file" if path.exists() else "it is gone, or a link to nothing; was the folder moved?")
@@ -246,24 +243,23 @@ def parallel(function, items, name, workers=None):
 
 
 class Folder:
-    """The images of one split. `read(i, source)` gives image i as source noisy, clean or denoised.
+    """The images of one split; read(i, source) gives image i noisy, clean or denoised.
 
     data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
-    noise, put on as an image is read. denoised: folder with the same relative paths, any suffix.
-    channels: those of the training images, where this is another split; grey serves as colour.
-    Raises UserError; for a broken file beyond the CHECKED ones, when it is read.
-    """
+    noise. denoised: folder with the same relative paths, any suffix. channels: those of training,
+    where this is another split; grey serves as colour. Raises UserError, of files beyond the
+    CHECKED ones when they are read."""
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None):
         parse_noise(spec)  # a bad spec is named first
         self.data, self.split, self.spec, self.seed = Path(data), split, spec, seed
         if not self.data.is_dir():
             raise UserError(f"--data {data}: no such folder")
-        root = self.data / split
+        root, prefix = self.data / split, f"{split}/"
         if split == "train" and not root.is_dir():
-            root = self.data
+            root, prefix = self.data, ""
             if (root / "val").is_dir():
                 raise UserError(f"{root}: has val/, but no train/")
-        self.paths = [(root / p).relative_to(self.data).as_posix() for p in list_images(root)]
+        self.paths = [prefix + path for path in list_images(root)]
         if not self.paths:
             raise UserError(f"{root}: no images found; no such folder, or no .png, .jpg, .tif, .npy or the like in it")
         self.memory = {}  # images by source, where they are kept in memory
@@ -304,8 +300,7 @@ class Folder:
         shapes = parallel(read_shape, [files[i] for i in self.checked], "check")
         for i, shape, seen in zip(self.checked, self.shapes.tolist(), shapes, strict=True):
             if list(seen[:2]) != shape[:2]:
-                raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is "
-                                f"{tuple(shape)} (height, width, channels)")
+                raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is {tuple(shape)}, H, W and C")
         return files
 
     def stems(self):
@@ -346,8 +341,7 @@ class Folder:
         return images
 
     def hold(self, sources, gigabytes, workers):
-        """Keep the images of these sources in memory, where they fit: decoded and made noisy once,
-        shared by the workers."""
+        """Keep the images of these sources in memory, if they fit: decoded and made noisy once."""
         pixels = self.shapes[:, :2].prod(1).mean() * len(self)
         if pixels * self.channels * len(sources) <= gigabytes * 1e9:
             for source in sources:
@@ -391,8 +385,7 @@ class Made(torch.utils.data.Dataset):
 
 
 def prefetch(make, keys, device, workers):
-    """Yield make(*key), tensors in lists or dicts, of every key in order, on the device. Worker
-    processes make them ahead."""
+    """Yield make(*key), tensors in lists or dicts, on the device, in order; workers make them ahead."""
     loader = torch.utils.data.DataLoader(
         Made(make), batch_size=None, sampler=keys, num_workers=workers,
         pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None,
@@ -450,11 +443,10 @@ UNCHANGED = (1, 0, 0)  # weights of an image, its grey and its mean grey
 
 
 def draw_color(rng, rgb, blur_p, solarize_p=0.0):
-    """The 24 numbers of one crop's colour operations, for `color`: jitter (p 0.8), grey (p 0.2), blur,
-    solarise. Brightness (with black), contrast, saturation and grey each mix the image, its grey and
-    its mean grey. Jitter has a random order: up to three mixes come before the hue and up to three
-    after it; unused ones change nothing. Images that are not RGB have no saturation, grey or
-    solarise; `color` ignores their hue."""
+    """The 24 numbers of one crop's colour operations, for `color`. Brightness, contrast, saturation and
+    grey each mix the image, its grey and its mean grey. Jitter (p 0.8) has a random order: up to
+    three mixes before the hue, up to three after it; unused ones change nothing. Images that are
+    not RGB have no saturation, grey or solarise; `color` ignores their hue."""
     mixes = [UNCHANGED] * 7  # three before the hue, three after it, grey
     hue, place = 0.0, 0
     jittered = rng.random() < 0.8
@@ -515,8 +507,7 @@ def gaussian_blur(x, sigma, radius=4):
 
 
 def color(crops, numbers):
-    """uint8 crops (B, C, S, S) to float in [0, 1] with their colour operations in DINOv2's order:
-    jitter, grey, blur, solarise. numbers (B, 24) of draw_color."""
+    """uint8 crops (B, C, S, S) to float in [0, 1]: jitter, grey, blur, solarise by numbers (B, 24)."""
     mixes, hue, sigma, solarize = numbers.split([21, 1, 1, 1], dim=1)
     mixes = mixes.unflatten(1, (7, 3)).unbind(1)
     x = crops / 255
@@ -595,8 +586,8 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim, init_values)
         self.norm2 = nn.LayerNorm(dim, 1e-6)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
         self.ls2 = LayerScale(dim, init_values)
 
     def forward(self, x, keep=None):
@@ -608,8 +599,7 @@ class Block(nn.Module):
 
 
 def draw_keep(depth, samples, drop_path, device, rng=None):
-    """Drop path (stochastic depth): factors (depth, 2, samples) of branches, 0 with probability
-    drop_path, else what keeps the mean 1."""
+    """Drop path: factors (depth, 2, samples) of branches, 0 with probability drop_path, of mean 1."""
     uniform = torch.rand(depth, 2, samples, generator=rng, device=device)
     return (uniform >= drop_path) / (1 - drop_path)
 
@@ -643,8 +633,7 @@ class VisionTransformer(nn.Module):
         self.register_tokens = None
         if registers:
             self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, embed_dim))
-        blocks = (Block(embed_dim, num_heads, init_values) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, init_values) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, 1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -709,10 +698,7 @@ def make_vit(arch, patch_size=16, **kw):
     return VisionTransformer(patch_size=patch_size, embed_dim=dim, depth=depth, num_heads=heads, **kw)
 
 
-vit_tiny = functools.partial(make_vit, "vit_tiny")
-vit_small = functools.partial(make_vit, "vit_small")
-vit_base = functools.partial(make_vit, "vit_base")
-vit_large = functools.partial(make_vit, "vit_large")
+vit_tiny, vit_small, vit_base, vit_large = (functools.partial(make_vit, arch) for arch in ARCHS)
 
 
 # ==== ViT weights of other code ===================================================================
@@ -762,18 +748,16 @@ def load_backbone(model, weights, path):
 
 
 def vit_of(path, heads=0):
-    """The ViT of a file of weights, its architecture read from their shapes; heads: of attention,
-    0 for the usual number. Raises UserError."""
+    """The ViT of a file of weights, told by their shapes; heads: 0 for the usual. Raises UserError."""
     weights = read_backbone(path)
     dim, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
     heads = heads or HEADS.get(dim)
     if not heads or dim % heads:
         raise UserError(f"{path}: width {dim} and {heads} heads do not fit; give --heads")
     depth = sum(name.endswith(".norm1.weight") for name in weights)
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     registers = weights.get("register_tokens", torch.empty(1, 0)).shape[1]
-    model = make_vit(f"{dim},{depth},{heads}", patch_size, img_size=side * patch_size,
-                     in_chans=channels, registers=registers)
+    size = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1)
+    model = VisionTransformer(size, patch_size, channels, dim, depth, heads, registers=registers)
     unused = load_backbone(model, weights, path)
     if unused:
         raise UserError(f"{path}: is no plain ViT, it has {', '.join(unused[:3])}")
@@ -862,8 +846,7 @@ def koleo_loss(x):
 
 # ==== schedules and parameter groups ==============================================================
 def cosine(step, base, final, total, warmup=0, start=0.0):
-    """Value at `step`: linear from start to base over `warmup` steps, then a cosine to final at
-    `total`, then final."""
+    """Linear from start to base over `warmup` steps, then a cosine to final at `total`, then final."""
     if step >= total:
         return final
     if step < warmup:
@@ -873,8 +856,7 @@ def cosine(step, base, final, total, warmup=0, start=0.0):
 
 
 def param_multipliers(name, depth, layer_decay=0.9, patch_embed_mult=0.2):
-    """(learning-rate multiplier, weight-decay multiplier) of a backbone parameter. Embeddings have
-    the lowest rate, the final norm the whole."""
+    """(learning-rate, weight-decay) multiplier of a backbone parameter; embeddings have the lowest rate."""
     block = re.match(r"blocks\.(\d+)", name)
     layer = 1 + int(block[1]) if block else 0
     if name.startswith("norm"):
@@ -947,8 +929,7 @@ def gather_rows(x):
 
 
 def share(n, images):
-    """(global batch, this process's slice of it) of a batch of n, or of all images where there are
-    fewer. Raises UserError."""
+    """(global batch, this process's slice) of a batch of n or, if fewer, all images. Raises UserError."""
     rank, size = world()
     if images < n:
         say(f"warning: --batch_size {n} is larger than the set of {images} images; using {images}")
@@ -982,8 +963,8 @@ def say(text):
 
 # ==== runtime: files ==============================================================================
 def write_atomic(path, write, sync=True):
-    """write(file) into a hidden file beside path, then rename: path is whole or untouched. What a
-    killed process leaves is overwritten by the next. Raises UserError."""
+    """write(file) into a hidden file beside path, then rename: path is whole or untouched. The hidden
+    file of a killed process is overwritten by the next. Raises UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -1080,8 +1061,7 @@ def load_checkpoint(path, required=True, needs=()):
 
 
 def check_config(saved, current, free, where):
-    """A run goes on only with the settings it was started with. Raises UserError naming each that
-    differs; a path is the same however it is spelled."""
+    """Raises UserError where settings of a run differ; a path is the same however it is spelled."""
     changed = []
     for name in sorted({*saved, *current} - {*free}):
         before, after = saved.get(name), current.get(name)
@@ -1091,8 +1071,7 @@ def check_config(saved, current, free, where):
         if not same:
             changed.append(f"--{name} {before} (now {after})")
     if changed:
-        raise UserError(f"{where} holds a run with other settings; use the same flags or another "
-                        f"--out: {', '.join(changed)}")
+        raise UserError(f"{where} holds a run with other settings; use those or another --out: {', '.join(changed)}")
 
 
 def read_log(path):
@@ -1119,12 +1098,9 @@ def leave(*_):
 
 class Loop:
     """The clockwork of training: batches in order, progress bar, log.jsonl, checkpoints. SIGTERM,
-    SIGINT and SIGUSR1 stop all processes after the step, saved.
-
-    args: seed, batch_size, epochs, out, workers, log_steps, save_minutes. images: their number.
-    position: (epoch, step, seconds) to go on from. save(position) writes a checkpoint, on rank 0.
-    Usage: for data in loop.batches(make, epochs): ...; if loop.tick(losses, record): return
-    """
+    SIGINT and SIGUSR1 stop all processes after the step, saved. images: their number. position:
+    (epoch, step, seconds) to go on from. save(position) writes a checkpoint, on rank 0. Usage:
+    for batch in loop.batches(make, epochs): ...; if loop.tick(losses, record): return"""
     def __init__(self, args, images, position, device, save):
         self.args, self.images, self.device, self.save = args, images, device, save
         self.batch, self.mine = share(args.batch_size, images)
@@ -1188,8 +1164,7 @@ class Loop:
         return bool(stop)
 
     def means(self):
-        """Means over steps and processes of the losses since the last reading; only here we wait
-        for the device. Raises UserError."""
+        """Means over steps and processes since the last reading: only this waits for the device."""
         if not self.losses:
             return {}
         values = torch.stack(self.losses).float()  # (steps, terms)
@@ -1278,12 +1253,9 @@ def floats(text):
 
 
 def read_flags(argv, doc, presets, groups, choices=(), positive=()):
-    """The flags of a stage as a namespace. Raises UserError for unknown ones and bad values.
-
-    presets: {name: {flag: default}}. groups: {title: {flag: (default, help)}}; a flag has its
-    default's type. choices: {flag: [values]}. positive: flags that must be more than 0; every
-    number is at least 0 and finite.
-    """
+    """The flags of a stage as a namespace. presets: {name: {flag: default}}. groups: {title: {flag:
+    (default, help)}}; a flag has its default's type. choices: {flag: [values]}. positive: flags that
+    must be more than 0; every number is at least 0 and finite. Raises UserError."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="demo", choices=list(presets),
                        help="a set of defaults, the same for every stage; flags override it")
@@ -1320,10 +1292,8 @@ def check_number(name, value, positive):
 
 
 def report_error(error):
-    """Print what ended a process: bad input, a full disk or memory in one line; a defect of ours
-    with its traceback."""
-    text = str(error) or type(error).__name__
-    lines = text.splitlines()
+    """Print what ended a process: in one line, but a defect of ours with its traceback."""
+    lines = (str(error) or type(error).__name__).splitlines()
     if isinstance(error, UserError):
         line = lines[-1]  # a worker's has its traceback before it
         print(f"error: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
@@ -1331,15 +1301,14 @@ def report_error(error):
         print(f"error: {lines[0]}", file=sys.stderr)
     elif world()[1] == 1:
         raise error
-    elif isinstance(error, dist.DistError) or re.search("gloo|NCCL", text):
+    elif isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):
         print("stopped: another process has failed", file=sys.stderr)
     else:
         traceback.print_exception(error)
 
 
 def run(main):
-    """Call main() and exit. Of several processes one that fails waits for no other: they may be in
-    a collective, from which torchrun frees them."""
+    """Call main() and exit. Of several processes, one that fails waits for no other: torchrun ends them."""
     on_signal(leave)
     try:
         code = main() or 0

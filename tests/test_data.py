@@ -1136,6 +1136,7 @@ def test_checkpoint_is_loaded_bit_for_bit_and_the_one_before_is_kept(tmp_path):
     assert torch.equal(loaded.pop("w"), state.pop("w"))
     assert loaded == state == {"step": 3, "config": {"lr": 1e-3}}
     assert common.load_checkpoint(f"{path}.previous")["step"] == 2
+    assert common.load_checkpoint(path.parent)["step"] == 3  # of a run's folder
     names = sorted(p.name for p in path.parent.iterdir())
     assert names == ["checkpoint.pth", "checkpoint.pth.previous"]
 
@@ -1297,6 +1298,13 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error, rais
     if raised is UserError:
         assert f"{path}: cannot be written (disk full)" in str(caught.value)
     assert common.read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_half_of_a_file_that_a_killed_process_left_is_replaced(tmp_path):
+    (tmp_path / ".results.json.tmp").write_bytes(b"half of it, longer than the whole of the next")
+    common.write_json(tmp_path / "results.json", {"a": 1})
+    assert common.read_json(tmp_path / "results.json") == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
