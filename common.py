@@ -224,7 +224,7 @@ def to_float(x, path=""):
         limits = np.iinfo(x.dtype)
         x = (x.astype(np.float64) - limits.min) / (limits.max - limits.min)
     if x.dtype.kind not in "fb":
-        raise UserError(f"{path}: is no image, its dtype is {x.dtype}; save integers or floats")
+        raise UserError(f"{path}: dtype {x.dtype} is not an image; save integers, or floats in [0, 1]")
     low, high = x.min(), x.max()
     if not (low >= 0 and high <= 1):  # NaN is neither
         raise UserError(f"{path}: float values must be finite and in [0, 1], found {low:g} to {high:g}; rescale")
@@ -359,7 +359,7 @@ class Folder:
     def labels(self):
         """Class name of each image: the folder below the split. Raises UserError."""
         if any(p.count("/") < 2 for p in self.paths):
-            raise UserError(f"{self.data}: labels need folders train/<class>/ and val/<class>/")
+            raise UserError(f"{self.data}: labels need a folder a class: train/<class>/ and val/<class>/")
         return [p.split("/")[1] for p in self.paths]
 
     def stats(self, most=2000):
@@ -1071,7 +1071,7 @@ def check_config(saved, current, free, where):
         if not same:
             changed.append(f"--{name} {before} (now {after})")
     if changed:
-        raise UserError(f"{where} holds a run with other settings; use those or another --out: {', '.join(changed)}")
+        raise UserError(f"{where} holds a run with other settings; use the same or another --out: {', '.join(changed)}")
 
 
 def read_log(path):
