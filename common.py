@@ -291,12 +291,11 @@ class Folder:
             noise = {"noise": self.spec, "noise_seed": self.seed}
             check_config(read_json(note), noise, {"denoiser"}, root)
         found = {os.path.splitext(p)[0]: root / p for p in list_images(root)}
-        stems = self.stems()
-        missing = [path for stem, path in stems.items() if stem not in found]
-        if missing:
-            raise UserError(f"{root}: {len(missing)} of {len(self)} denoised images are missing, "
-                            f"{missing[0]} first; write them, or let denoise.py apply make them")
-        files = [found[stem] for stem in stems]
+        files = [found.get(stem) for stem in self.stems()]
+        if None in files:
+            first = self.paths[files.index(None)]
+            raise UserError(f"{root}: {files.count(None)} of {len(self)} denoised images are missing, "
+                            f"{first} first; write them, or let denoise.py apply make them")
         shapes = parallel(read_shape, [files[i] for i in self.checked], "check")
         for i, shape, seen in zip(self.checked, self.shapes.tolist(), shapes, strict=True):
             if list(seen[:2]) != shape[:2]:
@@ -575,8 +574,9 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), init_values))
 
-    def forward(self, x):
-        return self.gamma * x
+    def forward(self, x, keep=None):
+        x = self.gamma * x
+        return x if keep is None else keep * x
 
 
 class Block(nn.Module):
@@ -590,12 +590,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
         self.ls2 = LayerScale(dim, init_values)
 
-    def forward(self, x, keep=None):
+    def forward(self, x, keep=(None, None)):
         """Tokens (B, N, D) to the same. keep (2, B, 1, 1): of draw_keep, a factor a branch."""
-        branch = self.ls1(self.attn(self.norm1(x)))
-        x = x + (branch if keep is None else keep[0] * branch)
-        branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + (branch if keep is None else keep[1] * branch)
+        x = x + self.ls1(self.attn(self.norm1(x)), keep[0])
+        return x + self.ls2(self.mlp(self.norm2(x)), keep[1])
 
 
 def draw_keep(depth, samples, drop_path, device, rng=None):
@@ -661,7 +659,7 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         if keep is None and self.training and self.drop_path:
             keep = draw_keep(depth, len(x), self.drop_path, x.device)
-        factors = [None] * depth if keep is None else keep[..., None, None]
+        factors = [(None, None)] * depth if keep is None else keep[..., None, None]
         x = self.tokens(x, masks)
         outputs = []
         for block, factor in zip(self.blocks, factors, strict=True):
