@@ -205,8 +205,8 @@ def read_picture(path):
 def read_shape(path):
     """(H, W, C) of one file. A PNG or JPEG that ends as it should is not decoded, so damage in its
     middle shows only when it is read. Raises UserError."""
-    if path.is_file():
-        with suppress(Exception), Image.open(path) as image:  # read_image says what is wrong
+    if path.is_file():  # else, and for other formats, read_image says what is wrong
+        with suppress(Exception), Image.open(path, formats=("PNG", "JPEG")) as image:
             image.fp.seek(-8, os.SEEK_END)
             if image.fp.read().endswith(ENDS):
                 # not image.getexif(), which decodes a whole PNG
