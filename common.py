@@ -9,6 +9,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -49,7 +50,7 @@ def noise(name, inverse=False, most=math.inf):
     spec, several are separated by commas. rng: torch generator of this image. inverse: a smaller
     (first) level means stronger noise. most: the largest level that makes sense."""
     def register(function):
-        parameters = function.__code__.co_argcount - 2  # without x and rng
+        parameters = len(inspect.signature(function).parameters) - 2  # without x and rng
         NOISES[name] = NoiseModel(function, parameters, inverse, most)
         return function
     return register

@@ -218,8 +218,7 @@ def denoise_list(model, images, device, tile=1024, context=c.nullcontext):
 def load_denoiser(path, device):
     """(U-Net in evaluation mode, {flag: value} of its noise) from a folder that `train` finished; or
     from a file of Neighbor2Neighbor's weights, whose noise nobody knows. Raises UserError."""
-    path, noise = Path(path), {}
-    state = c.load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
+    noise, state = {}, c.load_checkpoint(path)
     if "config" in state:
         config, epoch = state["config"], state["position"][0]
         noise = {k: config[k] for k in ("noise", "noise_seed")}

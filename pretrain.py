@@ -340,18 +340,18 @@ class Run:
         With --init student, teacher, heads and centres stay. Optimiser, schedules, warm-ups and the
         freezing of the prototypes start anew. Mean and standard deviation, for the normalisation,
         are measured from the same noisy images again."""
-        args, seconds = self.args, 0.0
+        args, seconds, needs = self.args, 0.0, {*NETWORKS, "position"}
         if args.init_backbone:
             weights = c.read_backbone(args.init_backbone)
             unused = c.load_backbone(self.network.backbone, weights, args.init_backbone)
             c.say(f"--init_backbone: not used: {', '.join(unused) or 'none'}")
             self.teacher.load_state_dict(self.network.state_dict(), strict=False)
         if args.init:
-            before = read_run(args.init)
+            before = c.load_checkpoint(args.init, needs=needs)
             c.load_parts({"student": self.network, "teacher": self.teacher}, before)
             seconds = before["position"][2]
         if args.anchor:
-            c.load_parts({"teacher": self.anchor}, read_run(args.anchor_from or args.init))
+            c.load_parts({"teacher": self.anchor}, c.load_checkpoint(args.anchor_from or args.init, needs=needs))
         return seconds
 
     def state(self, names):
@@ -371,13 +371,6 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.teacher.follow(self.network, values["momentum"])
-
-
-def read_run(path):
-    """The networks in a checkpoint, or in that of a run's folder. Raises UserError."""
-    path = Path(path)
-    file = path / "checkpoint.pth" if path.is_dir() else path
-    return c.load_checkpoint(file, needs={*NETWORKS, "position"})
 
 
 def schedules(args, step, steps, batch):
