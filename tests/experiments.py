@@ -261,11 +261,6 @@ def run(args, name, commands):
 def figures(result, folder):
     """A probe's result without its settings, and the monitors at the end of pretraining."""
     result = c.read_json(result)
-    summary, init = result["summary"], result["pretrain"]["init"]
-    if init:  # the run's own time is that of the curriculum's second part
-        first = c.read_log(Path(init).parent / "log.jsonl")
-        epochs = int(Path(init).stem.removeprefix("epoch"))
-        summary["seconds_before"] = [r["seconds"] for r in first if r["epoch"] < epochs][-1]
     monitored = [r for r in c.read_log(folder / "log.jsonl") if "entropy" in r]
     del result["config"], result["pretrain"]
     return {**result, "monitors": monitored[-1] if monitored else {}}
@@ -312,7 +307,7 @@ def columns(result):
         "20-NN": result["knn"]["20"],
         "20-NN, clean val": result.get("clean_knn", {}).get("20"),
         "cosine to clean": result.get("cosine"),
-        "minutes": (summary["seconds"] + summary.get("seconds_before", 0)) / 60,
+        "minutes": summary["seconds"] / 60,
         "effective rank": monitors.get("rank"),
         "teacher entropy": monitors.get("entropy"),
     }

@@ -121,15 +121,13 @@ def test_tables_give_mean_and_deviation_over_seeds(tmp_path):
     assert panels == {"gauss100: linear probe in %, by test noise": {"noisy": [(1, 44.0)]}}
 
 
-def test_minutes_are_those_of_the_whole_curriculum(tmp_path):
-    log = [{"step": 1, "epoch": 5, "seconds": 100.0}, {"step": 2, "epoch": 6, "seconds": 200.0}]
-    common.write_text(tmp_path / "first/log.jsonl", "\n".join(map(json.dumps, log)))
-    monitored = {"step": 1, "entropy": 5.0, "rank": 7.0}
-    common.write_text(tmp_path / "run/log.jsonl", json.dumps(monitored))
-    result = probe_result(50.0, config={}, pretrain={"init": f"{tmp_path}/first/epoch6.pth"})
-    common.write_json(tmp_path / "run.json", result)
+def test_minutes_are_those_of_the_whole_curriculum_and_monitors_those_of_the_end(tmp_path):
+    """A run's summary counts the runs before it, too (tests of pretrain.py)."""
+    log = [{"step": 1, "entropy": 6.0, "rank": 3.0}, {"step": 2, "entropy": 5.0, "rank": 7.0}]
+    common.write_text(tmp_path / "run/log.jsonl", "\n".join(map(json.dumps, log)))
+    common.write_json(tmp_path / "run.json", probe_result(50.0, config={}, pretrain={}))
     row = experiments.columns(experiments.figures(tmp_path / "run.json", tmp_path / "run"))
-    assert row["minutes"] == (60 + 100) / 60 and row["effective rank"] == 7.0
+    assert row["minutes"] == 1.0 and row["effective rank"] == 7.0
 
 
 def test_a_run_replaces_its_own_line_alone(tmp_path):
