@@ -438,7 +438,8 @@ def cut(image, box, flip, size):
 
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "hue": 0.1, "saturation": 0.2}  # largest change
-MIXED = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}  # with grey, mean grey
+# what an operation mixes the image with: its grey, its mean grey, or black
+MIXED = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}
 UNCHANGED = (1, 0, 0)  # weights of an image, its grey and its mean grey
 
 
@@ -802,7 +803,7 @@ def update_center(center, logits, momentum=0.9):
 def sinkhorn(logits, temp, iterations=3):
     """Sinkhorn-Knopp targets (M, K) over all processes, in log space: prototypes are used equally."""
     log_q = logits.float() / temp
-    least = log_q.new_full((1, log_q.shape[1]), -1e30)  # where this process has no row
+    least = log_q.new_full((1, log_q.shape[1]), -1e30)  # never the largest: where this process has no row
     for _ in range(iterations):
         largest = all_reduce(torch.cat([log_q, least]).amax(0, keepdim=True), "MAX")
         total = all_reduce((log_q - largest).exp().sum(0, keepdim=True))

@@ -229,8 +229,8 @@ def step_losses(args, run, crops, data, temp, keep=(None, None)):
 
 
 def global_koleo(cls):
-    """KoLeo of one view over the batch of all processes. Each has the gradient of its own rows
-    only, and DDP takes the mean: hence their number as a factor on the gradient."""
+    """KoLeo of one view over the batch of all processes. A process has the gradient of its own rows.
+    DDP sums these and divides by the processes: so the gradient, not the value, is multiplied."""
     koleo, processes = c.koleo_loss(c.gather_rows(cls)), c.world()[1]
     return processes * koleo - (processes - 1) * koleo.detach()
 
@@ -273,15 +273,17 @@ def make_batch(args, folder, sources, mine, epoch, step, indices):
     images = [folder.copies(i, sources) for i in indices[mine]]
     rngs = [random.Random(f"{key}:{folder.paths[i]}") for i in indices[mine]]
     batch = defaultdict(list)
-    for view in range(2 + args.local_crops):  # the anchor's denoised images have global crops alone
-        kind, cut_sources = ("global", sources) if view < 2 else ("local", sources[:1])
+    for view in range(2 + args.local_crops):
+        kind, cut_sources = "global", sources  # the student's source, the anchor's
+        if view >= 2:
+            kind, cut_sources = "local", [args.source]  # the anchor sees no local crops
         size, scale = getattr(args, f"{kind}_size"), getattr(args, f"{kind}_scale")
         blur_p, solarize_p = {0: (1.0, 0.0), 1: (0.1, 0.2)}.get(view, (0.5, 0.0))
         for copies, rng in zip(images, rngs, strict=True):
             box, flip = c.draw_box(*copies[0].shape[1:], scale, rng), rng.random() < 0.5
             numbers = c.draw_color(rng, folder.channels == 3, blur_p, solarize_p)
             batch[f"{kind}_color"].append(torch.tensor(numbers))
-            for source, image in zip(cut_sources, copies, strict=False):
+            for source, image in zip(cut_sources, copies, strict=False):  # local: of the first copy
                 batch[f"{source}_{kind}"].append(c.cut(image, box, flip, size))
     side = args.global_size // args.patch_size
     masks = c.draw_masks(2 * len(indices), side, side, random.Random(f"{key}:masks:{step}"))
@@ -294,7 +296,7 @@ def make_crops(data, sources, mean, std):
     """Colour operations of all crops on the device, normalised: {source: [global (2B, C, S, S),
     local (LB, C, s, s)]}."""
     crops = {source: [] for source in sources}
-    for name in data:  # global crops come before local ones
+    for name in data:  # 'noisy_global', then 'noisy_local'; no source: 'global_color', 'masks', ...
         source, _, kind = name.partition("_")
         if source in crops:
             crops[source].append((c.color(data[name], data[f"{kind}_color"]) - mean) / std)
@@ -383,7 +385,7 @@ def schedules(args, step, steps, batch):
         "lr": c.cosine(step, lr, 1e-6, total, warmup),
         "weight_decay": c.cosine(step, *args.weight_decay, total),
         "momentum": c.cosine(step, args.momentum, 1.0, total),
-        # linear from 0.04, then constant
+        # linear from 0.04, then constant: of a cosine that ends with its warm-up nothing is left
         "temp": c.cosine(step, temp, temp, temp_warmup, temp_warmup, start=0.04),
         "frozen": step < args.freeze_last_epochs * steps,
     }
@@ -450,7 +452,7 @@ def is_complete(args, out, position):
     """Whether this command has nothing left to do. Raises UserError where --stop comes too late."""
     summary = out / "summary.json"
     ended = c.read_json(summary, {"epochs"})["epochs"] if summary.exists() else -1
-    passed = args.stop and position[:2] > (args.stop, 0)
+    passed = args.stop and position[:2] > (args.stop, 0)  # the checkpoint is of a later step
     if args.stop and not (out / f"epoch{args.stop}.pth").exists():
         if passed:
             raise UserError(f"--stop {args.stop}: {out} is already beyond it; use another --out")

@@ -193,7 +193,7 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
     return torch.cat(features, 1)[:, :len(folder)] if features else None
 
 
-# ==== linear probe: the 52 heads of DINOv2's protocol =============================================
+# ==== linear probe: the heads of DINOv2's protocol ================================================
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]  # x batch/256
 
 

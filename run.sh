@@ -76,7 +76,8 @@ set -- ${extra[@]+"${extra[@]}"}
 while [ $# -gt 0 ]; do
   case ${1%%=*} in
     --source|--stop|--init|--seed|--out) fail "-- $1: differs from run to run; use --arms, --seeds, --out, or pretrain.py itself" ;;
-    --data|--noise|--noise_seed|--preset|--denoised) fail "-- $1: is for all stages; give it before --, or run the stages one by one" ;;
+    --noise_seed) fail "-- $1: is for all stages; run them one by one" ;;
+    --data|--noise|--preset|--denoised) fail "-- $1: is for all stages; give it before --, or run the stages one by one" ;;
   esac
   if [[ $1 == --*=* ]] && take "${1%%=*}" "${1#*=}"; then shift
   elif [ $# -ge 2 ] && take "$1" "$2"; then shift 2
@@ -151,13 +152,15 @@ stage() {  # title, command: run it; or, while the stages are counted, only reme
   printf '%q ' "$@" >>"$commands"; echo >>"$commands"
   run "$@"
   last="$(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
-  [ $((SECONDS - began)) -lt 5 ] && [ "$kind" = pretraining ] || printf -v "took_$kind" %s $((SECONDS - began))
+  # for the estimate; a pretraining of seconds was complete already
+  if [ "$kind" != pretraining ] || [ $((SECONDS - began)) -ge 5 ]; then printf -v "took_$kind" %s $((SECONDS - began)); fi
 }
 run() {
   local code=0
   "$@" & child=$!
   [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true
   wait "$child" || code=$?
+  # a signal interrupts wait while the stage still saves: wait until it has ended
   while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
   child=''
   [ -z "$stopped" ] || exit 75
@@ -183,7 +186,7 @@ probe_pixels() {  # name, flags of its own: what pretraining must beat
   local name=$1; shift
   stage "probing $name" "${launch[@]}" "$here/probe.py" "${common[@]}" --pixels --out "$out/probe/$name-seed0.json" "$@"
 }
-denoised_run() {  # how far it goes: the denoised arm is also the first phase of nc and nct; trained once
+denoised_run() {  # title, flags (--stop): one run is first phase of nc and nct and, to its end, the arm; trained once
   pretrain denoised "$@" --source denoised --denoised "$copy" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
 }
 noisy_phase() {  # arm, flags: from the denoised run's networks, with optimiser and schedules anew
@@ -197,7 +200,7 @@ one_arm() {
     random) pretrain random random --source noisy --epochs 0 ${first_flags[@]+"${first_flags[@]}"}; probe random ;;
     noisy|clean)
       pretrain "$arm" "$arm" --source "$arm" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
-      if [ "$arm" = noisy ]; then probe noisy; else probe clean --noise none; fi ;;  # the upper bound sees clean images
+      if [ "$arm" = noisy ]; then probe noisy; else probe clean --noise none; fi ;;
     denoised) denoised_run denoised; probe denoised "${through[@]}" ;;
     nc) noisy_phase nc; probe nc ;;
     nct)

@@ -341,6 +341,8 @@ def parse(line):
     launch, name, rest = words[:script], words[script], words[script + 1:]
     while rest and not rest[0].startswith("--"):  # a command such as train
         name = f"{name} {rest.pop(0)}"
+    if "--pixels" in rest:  # the one flag without a value
+        rest.insert(rest.index("--pixels") + 1, "")
     return launch, name, dict(zip(rest[::2], rest[1::2], strict=True))
 
 
