@@ -167,7 +167,8 @@ def figures(out):
 def test_chain_prints_the_table_and_leaves_report_and_pictures(chain):
     _, done, out = chain
     found = figures(out)
-    assert found.keys() == {"noisy-seed0", "denoised-seed0", "nct-seed0"}
+    assert found.keys() == {"noisy-seed0", "denoised-seed0", "nct-seed0", "pixels-seed0",
+                            "pixels_denoised-seed0"}
     report = (out / "results.md").read_text()
     for run, r in found.items():
         shown = [f"{v:.1f}" for v in (r["linear"], r["clean_linear"], r["knn"]["20"])]
@@ -376,7 +377,8 @@ def plan(text, preset, noise="gauss50", seed=0, launch=()):
             line = f"pretrain.py {shared} --seed {seed} --out {run} {rest}"
         elif name.endswith(":"):
             figures = f"out/probe/{name[:-1]}-seed{seed}.json"
-            line = f"probe.py {shared} --run {run} --out {figures} {rest}"
+            what = "--pixels" if name.startswith("pixels") else f"--run {run}"
+            line = f"probe.py {shared} {what} --out {figures} {rest}"
         elif name == "denoise.py":
             line = f"{line} {shared}"
         _, script, flags = parse(line)
@@ -386,7 +388,7 @@ def plan(text, preset, noise="gauss50", seed=0, launch=()):
 
 
 def test_every_arm_is_pretrained_and_probed_on_the_images_of_its_kind(tmp_path):
-    """Clean images for the upper bound, denoised ones and a denoiser for the arm that keeps it,
+    """Clean images for the arm clean, denoised ones and a denoiser for the arm that keeps it,
     noisy for the rest; nc and nct start where the denoised run was after 6 epochs."""
     assert stages(tmp_path, "tiny") == plan("""
         denoise.py train --out out/denoiser
@@ -406,6 +408,8 @@ def test_every_arm_is_pretrained_and_probed_on_the_images_of_its_kind(tmp_path):
         nct:
         clean> --source clean --epochs 10
         clean: --noise none
+        pixels:
+        pixels_denoised: --denoised out/denoised --denoiser out/denoiser
         probe.py report out""", "tiny")
 
 
@@ -447,6 +451,8 @@ def test_denoised_images_of_ones_own_take_the_place_of_the_denoiser(tmp_path):
         nct> --source noisy --epochs 4 --init out/pretrain/denoised-seed0/epoch6.pth \
  --warmup_epochs 1 --denoised mine --anchor 4
         nct:
+        pixels:
+        pixels_denoised: --denoised mine
         probe.py report out""", "tiny")
 
 
@@ -460,6 +466,8 @@ def test_anchor_of_imagenet1k_is_the_finished_denoised_teacher(tmp_path):
  --warmup_epochs 5 --teacher_temp_warmup_epochs 15 --denoised mine --anchor 1 \
  --anchor_from out/pretrain/denoised-seed0
         nct:
+        pixels:
+        pixels_denoised: --denoised mine
         probe.py report out""", "imagenet1k")
 
 
@@ -510,7 +518,11 @@ def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
             denoised> --source denoised --denoised mine --epochs 10 --stop 6
             nc> --source noisy --epochs 4 --init {init} --warmup_epochs 1
             nc:""", "tiny", seed=seed, launch=launch)
-    assert ran == expected + plan("probe.py report out", "tiny")
+    expected += plan("""
+        pixels:
+        pixels_denoised: --denoised mine
+        probe.py report out""", "tiny", launch=launch)
+    assert ran == expected
 
 
 # ==== presets =====================================================================================
@@ -571,7 +583,7 @@ def test_demonstration_makes_its_images_and_runs_every_arm_on_them(tmp_path):
     commands, _ = recorded(tmp_path)
     assert commands[0] == "tests/shapes.py runs/demo/data"
     ran = [parse(line)[1:] for line in commands[1:]]
-    assert len(ran) == 16
+    assert len(ran) == 18
     for script, flags in ran[:-1]:  # but the report
         assert flags["--data"] == "runs/demo/data" and flags["--preset"] == "demo"
         clean = flags["--out"] == "runs/demo/probe/clean-seed0.json"
