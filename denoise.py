@@ -1,12 +1,13 @@
 """Stage 1: Neighbor2Neighbor (arXiv 2101.02824) on noisy images alone, then a denoised copy of them.
 
     python denoise.py train --preset tiny --data DIR --noise gauss100 --out OUT/denoiser
-    python denoise.py apply --preset tiny --data DIR --noise gauss100 --denoiser OUT/denoiser --out OUT/denoised
+    python denoise.py apply --preset tiny --data DIR --noise gauss100 --denoiser OUT/denoiser \\
+        --out OUT/denoised
     torchrun --nproc_per_node 4 -- denoise.py train ...   (processes divide the batch, or the files)
 
-In: DIR/{train,val}/... or any folder of images. Out of train: checkpoint.pth, log.jsonl, quality.json.
-Out of apply: the same relative paths, 8-bit .png (.npy where channels are not 1 or 3). Interrupted,
-both exit with code 75; the same command goes on.
+In: DIR/{train,val}/... or any folder of images. Out of train: checkpoint.pth, log.jsonl,
+config.json, quality.json. Out of apply: the same relative paths, 8-bit .png (.npy where channels
+are not 1 or 3). Interrupted, both exit with code 75; the same command goes on.
 """
 
 import functools
@@ -238,7 +239,7 @@ def load_denoiser(path, device):
 # ==== quality =====================================================================================
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of images in [0, 1]."""
-    return -10 * math.log10(max(F.mse_loss(a.double(), b.double()), 1e-10))
+    return -10 * math.log10(max(F.mse_loss(a.double(), b.double()).item(), 1e-10))
 
 
 def expected_noisy(image, spec, key, seed=0, draws=8192):
@@ -265,8 +266,8 @@ def quality(model, folder, device, context, most=32):
     makes them known, PSNR (dB) of noisy and denoised against clean and E[noisy | clean]."""
     rows = []
     for i in folder.spread(most):
-        x = folder.read(i)
-        noisy, denoised = x / 255, denoise(model, x[None], device, context=context)[0] / 255
+        image = folder.read(i)
+        noisy, denoised = image / 255, denoise(model, image[None], device, context=context)[0] / 255
         row = {"autocorrelation": autocorrelation(noisy - denoised)}
         if folder.spec != "none":
             clean = folder.read(i, "clean") / 255
@@ -314,6 +315,8 @@ def train(args, device):
             c.say(f"{out}: complete, nothing to do")
             return 0
         c.load_parts(parts, state)
+    if c.world()[0] == 0:
+        c.write_json(out / "config.json", vars(args))
 
     def save(position):
         state = {name: part.state_dict() for name, part in parts.items()}
