@@ -248,8 +248,8 @@ class Folder:
 
     data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
     noise. denoised: folder with the same relative paths, any suffix. channels: those of training,
-    where this is another split; grey serves as colour. Raises UserError, of files beyond the
-    CHECKED ones when they are read."""
+    where this is another split; grey serves as colour. Raises UserError: for up to CHECKED files
+    here, for others when they are read."""
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None):
         parse_noise(spec)  # a bad spec is named first
         self.data, self.split, self.spec, self.seed = Path(data), split, spec, seed

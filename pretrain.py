@@ -164,7 +164,7 @@ class Network(nn.Module):
 
 class Teacher(Network):
     """A network that no gradient reaches, with the centres of its outputs. The live teacher follows
-    the student; the anchor never moves, only its centres do."""
+    the student. The anchor's weights are frozen; its centres move as the live teacher's do."""
     def __init__(self, args, channels):
         super().__init__(args, channels)
         self.requires_grad_(False).eval()
@@ -210,7 +210,8 @@ def step_losses(args, run, crops, data, temp, keep=(None, None)):
     crops: of make_crops, by source. The student sees crops of args.source, masked. The live teacher
     sees the same global crops unmasked. The anchor sees the same global crops cut from the denoised
     image, unmasked. Its two terms have the weight args.anchor only; args.ibot_weight scales the
-    iBOT term of the live teacher alone."""
+    iBOT term of the live teacher alone. (For a loss of your own change this function: train()
+    wants a dict with 'total' first, monitors() reads 'dino' and the targets.)"""
     masks, picked = data["masks"], data["picked"]
     seen = crops[args.source]
     live = run.teacher.targets(seen[0], picked, temp)
