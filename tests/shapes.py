@@ -1,12 +1,12 @@
-"""Built-in demonstration data: small RGB pictures of ten kinds of texture and shape.
+"""Built-in demonstration data: small RGB pictures of ten figures, scattered.
 
     python tests/shapes.py DIR [--train 2000] [--val 1000] [--seed 0] [--size 64]
 
-writes an ordinary image folder, DIR/{train,val}/<class>/NNNN.png. A class is a layout (stripes, rings,
-triangles, ...) and nothing else: colours, contrast, position, rotation and scale are drawn the same way
-for all ten, so neither colour jitter, cropping nor flipping removes the label, and the mean colour does
-not give it away. Strokes are at least about 4 px wide at 64 px, so that they drown in strong noise but
-come back when neighbouring pixels are averaged.
+writes an ordinary image folder, DIR/{train,val}/<class>/NNNN.png. A class is a figure (disc, ring, triangle,
+...) and nothing else: its places, rotations, size and colours, light on dark or dark on light, are drawn the
+same way for all ten. So pixels that are compared place by place hardly tell the classes apart, and neither
+colour jitter, cropping nor flipping removes the label. Strokes are at least about 4 px wide at 64 px: they
+drown in strong noise, but come back when neighbouring pixels are averaged.
 """
 
 import argparse
@@ -23,90 +23,73 @@ UNITS = 64.0  # lengths below are in 1/64 of the picture's side: pixels at the d
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
-# ---- Patterns --------------------------------------------------------------------------------------------
-# (rng, x, y), two (S, S) coordinate fields in units -> (S, S) signed distance, > 0 inside.
-# The coordinates arrive already shifted, rotated and scaled; (0, 0) is near the middle of the picture.
+# ---- Figures ---------------------------------------------------------------------------------------------
+# (u, v), coordinates around the figure's middle in its radii -> signed distance in radii, > 0 inside.
 
 
-def bands(t, period, duty=0.5):
-    """Distance inside bands of width duty * period that repeat along t; one is centred on t = period / 2."""
-    return duty * period / 2 - np.abs(t % period - period / 2)
+def bar(u, v, half, arm):
+    return np.minimum(half - np.abs(v), arm - np.abs(u))
 
 
-def tiles(rng, x, y, pitch, jitter=2.0):
-    """Coordinates local to each cell of a square grid, every cell with its own shift and rotation.
+def arcs(u, v):
+    ring = 0.25 - np.abs(np.hypot(u, v - 0.4) - 0.95)
+    return np.minimum(ring, 0.5 - v)
+
+
+def bars(u, v):
+    return bar(u, v, 0.42, 1.0)
+
+
+def blades(u, v):
+    radius = np.hypot(u, v)
+    return np.minimum(0.95 - radius, radius * np.sin(3 * np.arctan2(v, u)) / 3)
+
+
+def corners(u, v):
+    return np.maximum(bar(u, v + 0.6, 0.25, 0.85), bar(v, u + 0.6, 0.25, 0.85))
+
+
+def crosses(u, v):
+    return np.maximum(bar(u, v, 0.25, 1.0), bar(v, u, 0.25, 1.0))
+
+
+def discs(u, v):
+    return 0.72 - np.hypot(u, v)
+
+
+def frames(u, v):
+    return 0.2 - np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.66)
+
+
+def pairs(u, v):
+    return bar(u, np.abs(v) - 0.5, 0.22, 1.0)
+
+
+def rings(u, v):
+    return 0.21 - np.abs(np.hypot(u, v) - 0.75)
+
+
+def triangles(u, v):
+    return 0.52 - np.maximum(np.abs(u) * np.sqrt(0.75) + v / 2, -v)
+
+
+FIGURES = (arcs, bars, blades, corners, crosses, discs, frames, pairs, rings, triangles)
+CLASSES = [figure.__name__ for figure in FIGURES]
+
+
+def scatter(rng, x, y, pitch, jitter=3.0):
+    """Coordinates (2, S, S) around the middle of each cell of a square grid, which is shifted and rotated at random.
 
     A figure of radius up to pitch / 2 - jitter stays whole inside its cell.
     """
     n = 16  # tables larger than any grid in view; the modulo only keeps the indices legal
-    cx, cy = np.floor(x / pitch), np.floor(y / pitch)
-    cell = (cx % n).astype(int) * n + (cy % n).astype(int)
+    column, row = np.floor(x / pitch), np.floor(y / pitch)
+    cell = (column % n).astype(int) * n + (row % n).astype(int)
     dx, dy = rng.uniform(-jitter, jitter, (2, n * n))
     turn = rng.uniform(0, 2 * np.pi, n * n)
-    u, v = x - (cx + 0.5) * pitch - dx[cell], y - (cy + 0.5) * pitch - dy[cell]
+    u, v = x - (column + 0.5) * pitch - dx[cell], y - (row + 0.5) * pitch - dy[cell]
     c, s = np.cos(turn)[cell], np.sin(turn)[cell]
-    return c * u + s * v, c * v - s * u
-
-
-def stripes(rng, x, y):
-    return bands(y, rng.uniform(11, 16), rng.uniform(0.4, 0.6))
-
-
-def waves(rng, x, y):
-    bend = rng.uniform(4, 6) * np.sin(2 * np.pi * x / rng.uniform(24, 32))
-    return bands(y + bend, rng.uniform(12, 16), rng.uniform(0.4, 0.6))
-
-
-def checks(rng, x, y):
-    cell = rng.uniform(8, 12)
-    return cell / np.pi * np.sin(np.pi * x / cell) * np.sin(np.pi * y / cell)
-
-
-def dots(rng, x, y):
-    pitch = rng.uniform(14, 19)
-    u, v = tiles(rng, x, y, pitch, jitter=1.0)
-    return rng.uniform(0.28, 0.36) * pitch - np.hypot(u, v)
-
-
-def rings(rng, x, y):
-    return bands(np.hypot(x, y), rng.uniform(11, 15), rng.uniform(0.4, 0.6))
-
-
-def spokes(rng, x, y):
-    arms = rng.integers(5, 9)
-    return np.hypot(x, y) * np.sin(arms * np.arctan2(y, x)) / arms
-
-
-def blobs(rng, x, y):
-    """Level set of a random smooth field: waves of one length running in all directions."""
-    angle, phase = rng.uniform(0, 2 * np.pi, (2, 8, 1, 1))
-    length = rng.uniform(20, 28)
-    field = np.cos(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / length + phase).sum(0) / 2
-    return (field - rng.uniform(-0.2, 0.4)) * length / (2 * np.pi)
-
-
-def triangles(rng, x, y):
-    pitch = rng.uniform(21, 26)
-    u, v = tiles(rng, x, y, pitch)
-    edges = np.maximum(np.abs(u) * np.sqrt(0.75) + v / 2, -v)  # an inscribed circle of radius 1 at edges = 1
-    return rng.uniform(0.24, 0.30) * pitch - edges
-
-
-def crosses(rng, x, y):
-    pitch = rng.uniform(21, 26)
-    u, v = np.abs(tiles(rng, x, y, pitch))
-    half, arm = rng.uniform(2.2, 2.9), rng.uniform(0.38, 0.44) * pitch
-    return np.minimum(half - np.minimum(u, v), arm - np.maximum(u, v))
-
-
-def frames(rng, x, y):
-    pitch = rng.uniform(21, 26)
-    u, v = np.abs(tiles(rng, x, y, pitch))
-    return rng.uniform(2.0, 2.6) - np.abs(np.maximum(u, v) - rng.uniform(0.27, 0.32) * pitch)
-
-
-PATTERNS = (stripes, waves, checks, dots, rings, spokes, blobs, triangles, crosses, frames)
-CLASSES = [pattern.__name__ for pattern in PATTERNS]
+    return np.stack([c * u + s * v, c * v - s * u])
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------
@@ -114,7 +97,7 @@ CLASSES = [pattern.__name__ for pattern in PATTERNS]
 
 def colour(rng, luma):
     """A random colour (3,) of the given luma, 0-255 scale: the class must not hang on the hue."""
-    tint = rng.uniform(-26, 26, 3)
+    tint = rng.uniform(-8, 8, 3)
     return luma + tint - LUMA @ tint
 
 
@@ -123,7 +106,7 @@ def shading(rng, x, y):
     angle, phase = rng.uniform(0, 2 * np.pi, (2, 3, 1, 1))
     length = rng.uniform(60, 180, (3, 1, 1))
     field = np.cos(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / length + phase)
-    return np.tensordot(field, rng.uniform(-16, 16, (3, 3)), (0, 0))
+    return np.tensordot(field, rng.uniform(-5, 5, (3, 3)), (0, 0))
 
 
 def image(cls, split, index, seed=0, size=64):
@@ -134,19 +117,22 @@ def image(cls, split, index, seed=0, size=64):
     rng = np.random.default_rng([seed, SPLITS.index(split), cls, index])
     axis = ((np.arange(size) + 0.5) / size - 0.5) * UNITS
     x0, y0 = axis[None, :], axis[:, None]
-    shift, turn, zoom = rng.uniform(-10, 10, 2), rng.uniform(-0.3, 0.3), rng.uniform(1.2, 1.6)
+    shift, turn, zoom = rng.uniform(-32, 32, 2), rng.uniform(0, 2 * np.pi), rng.uniform(1.1, 1.6)
     c, s = np.cos(turn) / zoom, np.sin(turn) / zoom
     x, y = c * (x0 - shift[0]) + s * (y0 - shift[1]), c * (y0 - shift[1]) - s * (x0 - shift[0])
 
     # Light on dark or dark on light with equal odds: the covered area does not show in the mean colour. The
     # contrasts are such that, under noise of sigma 100, some pictures stay readable and others do not.
-    middle, contrast = rng.uniform(90, 165), rng.uniform(40, 120) * rng.choice((-1, 1))
+    middle, contrast = rng.uniform(105, 150), rng.uniform(65, 135) * rng.choice((-1, 1))
     back, fore = colour(rng, middle - contrast / 2), colour(rng, middle + contrast / 2)
     # Shading lies over figure and ground alike: the contrast between them stays the same everywhere.
     light = shading(rng, x0, y0)
 
     edge = 1.5 * max(1.0, UNITS / size)  # the edge's ramp, never narrower than 1.5 pixels
-    mask = np.clip(0.5 + PATTERNS[cls](rng, x, y) * zoom / edge, 0, 1)[..., None]
+    pitch = rng.uniform(20, 26)
+    radius = 0.4 * pitch
+    distance = FIGURES[cls](*scatter(rng, x, y, pitch) / radius) * radius * zoom
+    mask = np.clip(0.5 + distance / edge, 0, 1)[..., None]
     return np.clip(np.rint(back + mask * (fore - back) + light), 0, 255).astype(np.uint8)
 
 
@@ -194,7 +180,7 @@ def write(root, train=2000, val=1000, seed=0, size=64):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write the demonstration data set of ten pattern classes.")
+    parser = argparse.ArgumentParser(description="Write the demonstration data set of ten scattered figures.")
     parser.add_argument("root", metavar="DIR", help="the image folder to make")
     parser.add_argument("--train", type=int, default=2000, help="training pictures (default %(default)s)")
     parser.add_argument("--val", type=int, default=1000, help="validation pictures (default %(default)s)")
