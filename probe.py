@@ -27,7 +27,8 @@ import denoise
 from common import UserError
 
 SMALL = {"iterations": 2000, "img_size": 64, "resize": 64}
-PRESETS = {"demo": SMALL, "tiny": SMALL, "imagenet100": {"views": 10}, "imagenet1k": {"views": 4}}
+PRESETS = {"demo": SMALL | {"iterations": 1000}, "tiny": SMALL, "imagenet100": {"views": 10},
+           "imagenet1k": {"views": 4}}
 PROBE_FLAGS = {
     "run": ("", "folder of a finished run: backbone.pth, config.json, summary.json"),
     "pixels": (False, "instead of --run: averaged pixels as features, what pretraining must beat"),

@@ -102,7 +102,7 @@ done
 # the curriculum of a preset: epochs of an arm, those of them on denoised images, flags of the noisy phase, the anchor's
 # weight (the paper's, by noise), the denoiser's batch
 case $preset in
-  demo) length=12 part=8 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
+  demo) length=10 part=6 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
   tiny) length=10 part=6 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
   imagenet100)
     length=200 part=140 noisy_flags=() batch=4

@@ -534,7 +534,7 @@ def nct_flags(folder, preset, noise):
 
 
 @pytest.mark.parametrize("preset, first_phase, warmup, temp_warmup", [
-    ("demo", 8, "1", None),
+    ("demo", 6, "1", None),
     ("tiny", 6, "1", None),
     ("imagenet100", 140, None, None),  # the paper's, as the next one
     ("imagenet1k", 30, "5", "15"),
