@@ -40,8 +40,8 @@ SMALL = {
     "ibot_weight": 0.5, "centering": "sinkhorn",
 }
 PRESETS = {
-    "demo": SMALL | {"epochs": 10},
-    "tiny": SMALL | {"epochs": 10, "teacher_temp": 0.02},
+    "demo": SMALL | {"epochs": 12, "global_size": 40},
+    "tiny": SMALL | {"epochs": 20, "teacher_temp": 0.02},
     "imagenet100": {"epochs": 200, "batch_size": 40},  # the paper's: the rest are flags' defaults
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "batch_size": 512, "drop_path": 0.1},
 }

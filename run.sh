@@ -102,8 +102,8 @@ done
 # the curriculum of a preset: epochs of an arm, those of them on denoised images, flags of the noisy phase, the anchor's
 # weight (the paper's, by noise), the denoiser's batch
 case $preset in
-  demo) length=10 part=6 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
-  tiny) length=10 part=6 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
+  demo) length=12 part=8 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
+  tiny) length=20 part=12 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
   imagenet100)
     length=200 part=140 noisy_flags=() batch=4
     case $noise in gauss100) weight=4 ;; gauss255) weight=1.1 ;; shot1) weight=5 ;; speckle1|speckle1.0) weight=2 ;; *) weight=1 ;; esac ;;
@@ -231,7 +231,7 @@ all_stages() {
   done
   [ -n "$probes" ] || return 0
   probe_pixels pixels
-  ! uses "denoised|nc|nct" || probe_pixels pixels_denoised "${through[@]}"
+  ! uses "denoised|nc|nct" || probe_pixels pixels_denoised --denoised "$copy"
   stage "report" "$python" "$here/probe.py" report "$out"
 }
 

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -41,24 +42,24 @@ ROOT = Path(__file__).parents[1]
 OLD = "cb52cd3/"
 
 # ==== what is compared ============================================================================
-class Recipe(NamedTuple):
-    epochs: int  # of every arm
-    switch: int  # those of the curriculum on denoised images
-    flags: str = ""  # of pretrain.py
-
+EPOCHS, SWITCH = 20, 12  # of every arm; those of a curriculum on denoised images
 PATCH16 = "--patch_size 16 --global_size 64 --local_size 32"  # at half the cost of an epoch
-# by the beginning of a run's name; each rate is the best of the search
-RECIPES = {"": Recipe(10, 6), "patch16-": Recipe(20, 12, f"{PATCH16} --lr 0.008")}
-SEARCH = {  # flags of pretrain.py, the same choices for every arm
-    "lr0.004": "--epochs 10 --lr 0.004",
-    "lr0.008": "--epochs 10 --lr 0.008",
-    "patch16-lr0.004": f"--epochs 20 {PATCH16} --lr 0.004",
-    "patch16-lr0.008": f"--epochs 20 {PATCH16} --lr 0.008",
-    "patch16-lr0.016": f"--epochs 20 {PATCH16} --lr 0.016",
-    "patch16-batch_size32": f"--epochs 20 {PATCH16} --lr 0.008 --batch_size 32",
+CENTER = "--centering center --teacher_temp 0.04"
+SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choices for every arm
+    "tiny": "",
+    "older": f"{PATCH16} {CENTER}",
+    "patch16": PATCH16,
+    "patch16-temp0.04": f"{PATCH16} --teacher_temp 0.04",
+    "patch16-temp0.04-local6": f"{PATCH16} --teacher_temp 0.04 --local_crops 6",
+    "center": CENTER,
+    "lr0.004": "--lr 0.004",
+    "momentum0.996": "--momentum 0.996",
+    "prototypes2048": "--prototypes 2048",
+    "ibot0": "--ibot_weight 0",
+    "epochs60": "--epochs 60",
 }
 SEARCHED = ("noisy", "denoised", "clean")
-ARMS = ("random", "noisy", "nc", "nct", "denoised", "clean")
+ARMS = ("pixels", "random", "noisy", "nc", "nct", "denoised", "clean")
 SEEDS = (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")  # one seed each
 SWITCHES = (0.3, 0.5, 0.7, 0.9)  # parts of the epochs
@@ -100,12 +101,11 @@ def probe_of(name, noise, denoiser="", data="DATA", run=""):
 class Setting(NamedTuple):
     """What the arms of one comparison share."""
     noise: str
-    recipe: str = ""  # of RECIPES
     seed: int = 0
     weak: str = ""  # "weak-": with a denoiser of one epoch
 
     def base(self):
-        return f"{self.weak}{self.recipe}{self.noise}"
+        return f"{self.weak}{self.noise}"
 
     def run(self, arm):
         return f"{self.base()}-{arm}-seed{self.seed}"
@@ -115,30 +115,29 @@ class Setting(NamedTuple):
 
     def switches(self):
         """The epochs at which a curriculum of the plan leaves the denoised run."""
-        epochs, switch, _ = RECIPES[self.recipe]
-        others = [round(part * epochs) for part in SWITCHES] if self in ABLATED else []
-        return sorted({switch, *others})
+        others = [round(part * EPOCHS) for part in SWITCHES] if self in ABLATED else []
+        return sorted({SWITCH, *others})
 
     def pretrain(self, name, *flags):
-        flags = ["--seed", self.seed, RECIPES[self.recipe].flags, *flags]
-        return stage("pretrain.py", "DATA", self.noise, *flags, "--out", f"OUT/{name}")
+        flags = ["--seed", self.seed, *flags, "--out", f"OUT/{name}"]
+        return stage("pretrain.py", "DATA", self.noise, *flags)
 
     def denoised_run(self, until):
         """Commands of the denoised run up to an epoch. On its way it stops at every switch and leaves
         its networks there: a run that has gone on cannot go back for them."""
-        epochs, images = RECIPES[self.recipe].epochs, f"OUT/{self.denoiser()}/images"
-        flags = f"--source denoised --denoised {images} --epochs {epochs}"
+        images = f"OUT/{self.denoiser()}/images"
+        flags = f"--source denoised --denoised {images} --epochs {EPOCHS}"
         whole = self.pretrain(self.run("denoised"), flags)
         commands = denoised_copy(self.denoiser())
         commands += [f"{whole} --stop {epoch}" for epoch in self.switches() if epoch <= until]
-        if until == epochs:
+        if until == EPOCHS:
             commands.append(whole)
         return commands
 
     def curriculum(self, name, switch, anchor=""):
         """Commands of a curriculum: NC; with the anchor's flags NCT."""
         start = f"OUT/{self.run('denoised')}/epoch{switch}.pth"
-        rest = RECIPES[self.recipe].epochs - switch
+        rest = EPOCHS - switch
         images = f"--denoised OUT/{self.denoiser()}/images" if anchor else ""
         flags = f"--source noisy --epochs {rest} --warmup_epochs 1 --init {start}"
         noisy = self.pretrain(name, flags, images, anchor)
@@ -146,21 +145,22 @@ class Setting(NamedTuple):
 
     def arm(self, arm):
         """Commands of an arm."""
-        epochs, switch, _ = RECIPES[self.recipe]
         name = self.run(arm)
         if arm == "nc":
-            return self.curriculum(name, switch)
+            return self.curriculum(name, SWITCH)
         if arm == "nct":
-            return self.curriculum(name, switch, f"--anchor {ANCHOR}")
+            return self.curriculum(name, SWITCH, f"--anchor {ANCHOR}")
         if arm == "denoised":
-            return [*self.denoised_run(epochs), probe_of(name, self.noise, self.denoiser())]
+            return [*self.denoised_run(EPOCHS), probe_of(name, self.noise, self.denoiser())]
+        if arm == "pixels":
+            return [stage("probe.py", "DATA", self.noise, f"--pixels --out OUT/{name}.json")]
         if arm == "random":
             return [self.pretrain(name, "--source noisy --epochs 0"), probe_of(name, self.noise)]
         seen = "none" if arm == "clean" else self.noise  # the upper bound is tested on clean images
-        return [self.pretrain(name, f"--source {arm} --epochs {epochs}"), probe_of(name, seen)]
+        return [self.pretrain(name, f"--source {arm} --epochs {EPOCHS}"), probe_of(name, seen)]
 
 
-ABLATED = (Setting("gauss100"), Setting("gauss255", "patch16-"))
+ABLATED = (Setting("gauss100"), Setting("gauss255"))
 
 
 # ==== the plan ====================================================================================
@@ -168,8 +168,8 @@ def plan():
     """{name of a run: its commands, the one that makes its figures last}."""
     runs = {f"search-{name}-{arm}": search(name, arm) for arm in SEARCHED for name in SEARCH}
     arms = {}  # of each setting
-    for noise, recipe, seed in itertools.product(("gauss100", "gauss255"), RECIPES, SEEDS):
-        arms[Setting(noise, recipe, seed)] = ARMS if noise == "gauss100" else ARMS[:-1]
+    for noise, seed in itertools.product(("gauss100", "gauss255"), SEEDS):
+        arms[Setting(noise, seed)] = ARMS if noise == "gauss100" else ARMS[:-1]
     for noise in NOISES:
         arms[Setting(noise)] = ("noisy", "nc", "nct")
     for setting in ABLATED:
@@ -193,20 +193,20 @@ def search(name, arm):
     if arm == "denoised":
         denoiser = "denoiser-search"
         commands, images = denoised_copy(denoiser), f"--denoised OUT/{denoiser}/images"
-    flags = ["--source", arm, images, SEARCH[name], "--out", f"OUT/{run}"]
+    flags = ["--source", arm, images, "--epochs", EPOCHS, SEARCH[name], "--out", f"OUT/{run}"]
     commands.append(stage("pretrain.py", data, "gauss100", *flags))
     seen = "none" if arm == "clean" else "gauss100"
     return [*commands, probe_of(run, seen, denoiser, data)]
 
 
 def ablations(setting):
-    base, switch = setting.base(), RECIPES[setting.recipe].switch
-    kinds = {"live": (switch, f"--anchor {ANCHOR} --anchor_head live")}
+    base = setting.base()
+    kinds = {"live": (SWITCH, f"--anchor {ANCHOR} --anchor_head live")}
     for epoch in setting.switches():
-        if epoch != switch:
+        if epoch != SWITCH:
             kinds[f"switch{epoch}"] = (epoch, "")
     for weight in ANCHORS:
-        kinds[f"anchor{weight}"] = (switch, f"--anchor {weight}")
+        kinds[f"anchor{weight}"] = (SWITCH, f"--anchor {weight}")
     names = {f"{base}-{kind}": flags for kind, flags in kinds.items()}
     return {name: setting.curriculum(name, *flags) for name, flags in names.items()}
 
@@ -254,15 +254,16 @@ def run(args, name, commands):
     if name.startswith("denoiser-"):
         seconds = c.read_log(out / name / "log.jsonl")[-1]["seconds"]
         return {"quality": c.read_json(out / name / "quality.json"), "seconds": seconds}
-    folder = Path(re.search("--run OUT/(.*) --out", commands[-1])[1])
-    return figures(out / f"{name}.json", out / folder)
+    trained = re.search("--run OUT/(.*) --out", commands[-1])  # or pixels
+    return figures(out / f"{name}.json", out / (trained[1] if trained else name))
 
 
 def figures(result, folder):
     """A probe's result without its settings, and the monitors at the end of pretraining."""
     result = c.read_json(result)
     monitored = [r for r in c.read_log(folder / "log.jsonl") if "entropy" in r]
-    del result["config"], result["pretrain"]
+    for settings in ("config", "pretrain"):
+        result.pop(settings, None)
     return {**result, "monitors": monitored[-1] if monitored else {}}
 
 
@@ -300,14 +301,15 @@ PAIRS = (("nc", "noisy"), ("nct", "noisy"), ("nct", "nc"), ("nc", "denoised"), (
 
 def columns(result):
     """What the tables show of a probed run."""
-    summary, monitors = result["summary"], result.get("monitors", {})
+    seconds = result.get("summary", {}).get("seconds", math.nan)  # pixels: none
+    monitors = result.get("monitors", {})
     return {
         "linear": result["linear"],
         "linear, clean val": result.get("clean_linear"),
         "20-NN": result["knn"]["20"],
         "20-NN, clean val": result.get("clean_knn", {}).get("20"),
         "cosine to clean": result.get("cosine"),
-        "minutes": summary["seconds"] / 60,
+        "minutes": seconds / 60,
         "effective rank": monitors.get("rank"),
         "teacher entropy": monitors.get("entropy"),
     }

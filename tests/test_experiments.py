@@ -33,11 +33,11 @@ def test_every_command_of_the_plan_is_accepted_by_its_stage(script):
 
 def test_the_plan_has_every_arm_and_ablation():
     names = set(experiments.plan())
-    for base in ("gauss100", "gauss255", "patch16-gauss100", "patch16-gauss255"):
-        for arm in ("random", "noisy", "nc", "nct", "denoised"):
+    for base in ("gauss100", "gauss255"):
+        for arm in ("pixels", "random", "noisy", "nc", "nct", "denoised"):
             assert {f"{base}-{arm}-seed{seed}" for seed in (0, 1, 2)} <= names
-    ablated = {"gauss100-switch3", "gauss100-live", "gauss100-anchor0.5", "weak-gauss100-nct-seed0",
-               "patch16-gauss255-switch18", "impulse0.3-nct-seed0", "search-lr0.004-clean"}
+    ablated = {"gauss100-switch6", "gauss100-live", "gauss100-anchor0.5", "weak-gauss100-nct-seed0",
+               "gauss255-switch18", "impulse0.3-nct-seed0", "search-lr0.004-clean"}
     assert ablated <= names
 
 
@@ -62,7 +62,7 @@ def test_every_init_is_what_an_earlier_command_leaves():
                 assert args.epochs + first.stop == first.epochs
                 assert not args.denoised or args.denoised == first.denoised
                 count += 1
-    assert count > 50
+    assert count > 40
 
 
 def test_a_denoised_run_never_has_to_go_back():
