@@ -18,15 +18,14 @@ import argparse
 import datetime
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -167,6 +166,9 @@ ABLATED = (Setting("gauss100"), Setting("gauss255"))
 def plan():
     """{name of a run: its commands, the one that makes its figures last}."""
     runs = {f"search-{name}-{arm}": search(name, arm) for arm in SEARCHED for name in SEARCH}
+    for noise in ("gauss100", "none"):
+        pixels = f"search-pixels-{noise}"
+        runs[pixels] = [stage("probe.py", "OUT/search", noise, f"--pixels --out OUT/{pixels}.json")]
     arms = {}  # of each setting
     for noise, seed in itertools.product(("gauss100", "gauss255"), SEEDS):
         arms[Setting(noise, seed)] = ARMS if noise == "gauss100" else ARMS[:-1]
@@ -232,11 +234,12 @@ def call(*command):
 
 
 def make_search(data, out):
-    """OUT/search: links to the training images of DATA, a quarter of them in val. None to DATA/val."""
-    part = out.with_suffix(".part")
+    """OUT/search: links to the training images of DATA, every fourth one of a class in val. None to
+    DATA/val."""
+    part, seen = out.with_suffix(".part"), Counter()
     for path in sorted(Path(data).resolve().glob("train/*/*")):
-        number = hashlib.sha256(path.name.encode()).digest()[15]
-        split = "val" if number % 4 == 0 else "train"
+        seen[path.parent.name] += 1
+        split = "val" if seen[path.parent.name] % 4 == 0 else "train"
         link = part / split / path.parent.name / path.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
@@ -301,15 +304,16 @@ PAIRS = (("nc", "noisy"), ("nct", "noisy"), ("nct", "nc"), ("nc", "denoised"), (
 
 def columns(result):
     """What the tables show of a probed run."""
-    seconds = result.get("summary", {}).get("seconds", math.nan)  # pixels: none
-    monitors = result.get("monitors", {})
+    monitors, minutes = result.get("monitors", {}), None
+    if "summary" in result:  # not of pixels
+        minutes = result["summary"]["seconds"] / 60
     return {
         "linear": result["linear"],
         "linear, clean val": result.get("clean_linear"),
         "20-NN": result["knn"]["20"],
         "20-NN, clean val": result.get("clean_knn", {}).get("20"),
         "cosine to clean": result.get("cosine"),
-        "minutes": seconds / 60,
+        "minutes": minutes,
         "effective rank": monitors.get("rank"),
         "teacher entropy": monitors.get("entropy"),
     }
@@ -324,7 +328,8 @@ def by_group(results):
     groups = {}
     for name in sorted(results, key=order):
         run, _, seed = name.partition("-seed")
-        group = groups.setdefault(run.rpartition("-")[0], {})
+        kind = "search" if run.startswith("search-") else run.rpartition("-")[0]
+        group = groups.setdefault(kind, {})
         group.setdefault(run, {})[seed] = results[name]
     return dict(sorted(groups.items()))
 
