@@ -231,8 +231,9 @@ def step_losses(args, run, crops, data, temp, keep=(None, None)):
 
 
 def global_koleo(cls):
-    """KoLeo of one view over the batch of all processes. A process has the gradient of its own rows.
-    DDP sums these and divides by the processes: so the gradient, not the value, is multiplied."""
+    """KoLeo of one view over the batch of all processes. Each has only its own rows' part of the
+    gradient, and DDP averages the parts, where a sum is needed. So the gradient is multiplied by
+    the number of processes; the value stays."""
     koleo, processes = c.koleo_loss(c.gather_rows(cls)), c.world()[1]
     return processes * koleo - (processes - 1) * koleo.detach()
 
@@ -285,7 +286,7 @@ def make_batch(args, folder, sources, mine, epoch, step, indices):
             box, flip = c.draw_box(*copies[0].shape[1:], scale, rng), rng.random() < 0.5
             numbers = c.draw_color(rng, folder.channels == 3, blur_p, solarize_p)
             batch[f"{kind}_color"].append(torch.tensor(numbers))
-            for source, image in zip(cut_sources, copies, strict=False):  # local: of the first copy
+            for source, image in zip(cut_sources, copies, strict=False):  # local: the student's alone
                 batch[f"{source}_{kind}"].append(c.cut(image, box, flip, size))
     side = args.global_size // args.patch_size
     masks = c.draw_masks(2 * len(indices), side, side, random.Random(f"{key}:masks:{step}"))
@@ -387,7 +388,7 @@ def schedules(args, step, steps, batch):
         "lr": c.cosine(step, lr, 1e-6, total, warmup),
         "weight_decay": c.cosine(step, *args.weight_decay, total),
         "momentum": c.cosine(step, args.momentum, 1.0, total),
-        # linear from 0.04, then constant: of a cosine that ends with its warm-up nothing is left
+        # linear from 0.04 to temp, then constant: the warm-up is as long as the whole schedule
         "temp": c.cosine(step, temp, temp, temp_warmup, temp_warmup, start=0.04),
         "frozen": step < args.freeze_last_epochs * steps,
     }

@@ -219,7 +219,7 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
     bias = torch.zeros(heads, classes, device=device, requires_grad=True)
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for i in range(args.iterations):
-        picked, view = torch.randint(images, (2, size), generator=gen)
+        picked, view = torch.randint(images, (2, size), generator=gen)  # view: modulo their number
         picked = keep[picked]
         logits = head_logits(x[view % views, picked], tokens, weight, bias)
         target = y[picked, None].tile(heads).to(device)  # (B, heads)
