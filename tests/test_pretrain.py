@@ -32,7 +32,8 @@ RUNNING = "--preset tiny --device cpu --workers 0 --log_steps 1 --noise gauss50 
 MODEL = """--arch 16,2,2 --patch_size 8 --layer_scale 1 --prototypes 16 --head_hidden 16
     --head_bottleneck 8 --global_size 32 --local_size 16 --local_crops 2"""
 TRAINING = """--batch_size 8 --lr 0.02 --layer_decay 0.9 --patch_embed_lr 0.2 --warmup_epochs 0
-    --momentum 0.9 --teacher_temp 0.07 --teacher_temp_warmup_epochs 1 --ibot_weight 0.5"""
+    --momentum 0.9 --teacher_temp 0.07 --teacher_temp_warmup_epochs 1 --ibot_weight 0.5
+    --centering center"""
 TINY = f"{RUNNING} {MODEL} {TRAINING}".split()
 STEPS = 3  # an epoch
 WEIGHT = 2.0  # of the anchor
