@@ -231,7 +231,7 @@ all_stages() {
   done
   [ -n "$probes" ] || return 0
   probe_pixels pixels
-  ! uses "denoised|nc|nct" || probe_pixels pixels_denoised --denoised "$copy"
+  ! uses denoised || probe_pixels pixels_denoised --denoised "$copy"  # nc and nct alone need no denoised val/
   stage "report" "$python" "$here/probe.py" report "$out"
 }
 

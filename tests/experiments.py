@@ -171,7 +171,10 @@ def plan():
         runs[pixels] = [stage("probe.py", "OUT/search", noise, f"--pixels --out OUT/{pixels}.json")]
     arms = {}  # of each setting
     for noise, seed in itertools.product(("gauss100", "gauss255"), SEEDS):
-        arms[Setting(noise, seed)] = ARMS if noise == "gauss100" else ARMS[:-1]
+        shared = {"pixels"} if seed else set()  # it has no seed
+        if noise != "gauss100":
+            shared.add("clean")  # it sees no noise
+        arms[Setting(noise, seed)] = [arm for arm in ARMS if arm not in shared]
     for noise in NOISES:
         arms[Setting(noise)] = ("noisy", "nc", "nct")
     for setting in ABLATED:

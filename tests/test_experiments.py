@@ -34,7 +34,8 @@ def test_every_command_of_the_plan_is_accepted_by_its_stage(script):
 def test_the_plan_has_every_arm_and_ablation():
     names = set(experiments.plan())
     for base in ("gauss100", "gauss255"):
-        for arm in ("pixels", "random", "noisy", "nc", "nct", "denoised"):
+        assert f"{base}-pixels-seed0" in names and f"{base}-pixels-seed1" not in names
+        for arm in ("random", "noisy", "nc", "nct", "denoised"):
             assert {f"{base}-{arm}-seed{seed}" for seed in (0, 1, 2)} <= names
     ablated = {"gauss100-switch6", "gauss100-live", "gauss100-anchor0.5", "weak-gauss100-nct-seed0",
                "gauss255-switch18", "impulse0.3-nct-seed0", "search-lr0.004-clean"}

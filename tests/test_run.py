@@ -471,7 +471,6 @@ def test_anchor_of_imagenet1k_is_the_finished_denoised_teacher(tmp_path):
  --anchor_from out/pretrain/denoised-seed0
         nct:
         pixels:
-        pixels_denoised: --denoised mine
         probe.py report out""", "imagenet1k")
 
 
@@ -524,7 +523,6 @@ def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
             nc:""", "tiny", seed=seed, launch=launch)
     expected += plan("""
         pixels:
-        pixels_denoised: --denoised mine
         probe.py report out""", "tiny", launch=launch)
     assert ran == expected
 
