@@ -52,9 +52,14 @@ SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choic
     "patch16-temp0.04-local6": f"{PATCH16} --teacher_temp 0.04 --local_crops 6",
     "center": CENTER,
     "lr0.004": "--lr 0.004",
+    "lr0.016": "--lr 0.016",
     "momentum0.996": "--momentum 0.996",
     "prototypes2048": "--prototypes 2048",
     "ibot0": "--ibot_weight 0",
+    "local6": "--local_crops 6",
+    "local0": "--local_crops 0",
+    "scale0.2": "--global_scale 0.2,1.0",
+    "scale0.5": "--global_scale 0.5,1.0",
     "epochs60": "--epochs 60",
 }
 SEARCHED = ("noisy", "denoised", "clean")
