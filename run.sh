@@ -103,7 +103,7 @@ done
 # weight (the paper's, by noise), the denoiser's batch
 case $preset in
   demo) length=12 part=8 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
-  tiny) length=20 part=12 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
+  tiny) length=60 part=36 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
   imagenet100)
     length=200 part=140 noisy_flags=() batch=4
     case $noise in gauss100) weight=4 ;; gauss255) weight=1.1 ;; shot1) weight=5 ;; speckle1|speckle1.0) weight=2 ;; *) weight=1 ;; esac ;;

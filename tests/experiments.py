@@ -41,9 +41,10 @@ ROOT = Path(__file__).parents[1]
 OLD = "cb52cd3/"
 
 # ==== what is compared ============================================================================
-EPOCHS, SWITCH = 20, 12  # of every arm; those of a curriculum on denoised images
+EPOCHS, SWITCH = 60, 36  # of every arm; those of a curriculum on denoised images
 PATCH16 = "--patch_size 16 --global_size 64 --local_size 32"  # at half the cost of an epoch
 CENTER = "--centering center --teacher_temp 0.04"
+SHORT, LONG = (20, 12), (EPOCHS, SWITCH)  # the same of the search, which is shorter
 SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choices for every arm
     "tiny": "",
     "older": f"{PATCH16} {CENTER}",
@@ -60,14 +61,17 @@ SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choic
     "local0": "--local_crops 0",
     "scale0.2": "--global_scale 0.2,1.0",
     "scale0.5": "--global_scale 0.5,1.0",
-    "epochs60": "--epochs 60",
+    "epochs60": "",  # LONG
 }
-SEARCHED = ("noisy", "denoised", "clean")
+SEARCHED = ("noisy", "nct", "denoised", "clean")
+ANCHOR = 4  # weight in the arm nct
+SEARCH_ANCHOR = {  # of nct alone: epochs on denoised images, weight of the anchor
+    "anchor1": (12, 1), "anchor10": (12, 10), "switch6": (6, ANCHOR),
+}
 ARMS = ("pixels", "random", "noisy", "nc", "nct", "denoised", "clean")
 SEEDS = (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")  # one seed each
 SWITCHES = (0.3, 0.5, 0.7, 0.9)  # parts of the epochs
-ANCHOR = 4  # weight in the arm nct
 ANCHORS = (0.5, 1, 2)
 DENOISERS = {  # name: (noise, data, flags of denoise.py train)
     **{f"denoiser-{k}": (k, "DATA", "") for k in ("gauss100", "gauss255", *NOISES)},
@@ -171,6 +175,9 @@ ABLATED = (Setting("gauss100"), Setting("gauss255"))
 def plan():
     """{name of a run: its commands, the one that makes its figures last}."""
     runs = {f"search-{name}-{arm}": search(name, arm) for arm in SEARCHED for name in SEARCH}
+    for name, (switch, weight) in SEARCH_ANCHOR.items():
+        run = f"search-{name}-nct"
+        runs[run] = search_nct(run, "tiny", switch, weight)
     for noise in ("gauss100", "none"):
         pixels = f"search-pixels-{noise}"
         runs[pixels] = [stage("probe.py", "OUT/search", noise, f"--pixels --out OUT/{pixels}.json")]
@@ -198,15 +205,43 @@ def plan():
 
 def search(name, arm):
     """Commands of a run on OUT/search, of which `val` is a quarter of the training images."""
-    run, data = f"search-{name}-{arm}", "OUT/search"
-    commands, images, denoiser = [], "", ""
+    run, (epochs, switch) = f"search-{name}-{arm}", search_length(name)
+    if arm == "nct":
+        return search_nct(run, name, switch, ANCHOR)
     if arm == "denoised":
-        denoiser = "denoiser-search"
-        commands, images = denoised_copy(denoiser), f"--denoised OUT/{denoiser}/images"
-    flags = ["--source", arm, images, "--epochs", EPOCHS, SEARCH[name], "--out", f"OUT/{run}"]
-    commands.append(stage("pretrain.py", data, "gauss100", *flags))
-    seen = "none" if arm == "clean" else "gauss100"
-    return [*commands, probe_of(run, seen, denoiser, data)]
+        return [*search_denoised(name, epochs), probe_of(run, "gauss100", "denoiser-search", "OUT/search")]
+    noise = "none" if arm == "clean" else "gauss100"
+    flags = f"--source {arm} --epochs {epochs} {SEARCH[name]}"
+    return [search_pretrain(run, flags), probe_of(run, noise, data="OUT/search")]
+
+
+def search_length(name):
+    return LONG if name == "epochs60" else SHORT
+
+
+def search_pretrain(run, flags):
+    return stage("pretrain.py", "OUT/search", "gauss100", flags.strip(), "--out", f"OUT/{run}")
+
+
+def search_denoised(name, until):
+    """Commands of the denoised run of a recipe; it leaves its networks at every switch."""
+    copy, (epochs, switch) = "denoiser-search", search_length(name)
+    flags = f"--source denoised --denoised OUT/{copy}/images --epochs {epochs} {SEARCH[name]}"
+    whole = search_pretrain(f"search-{name}-denoised", flags)
+    switches = sorted({switch, *(early for early, _ in SEARCH_ANCHOR.values())})
+    commands = [f"{whole} --stop {epoch}" for epoch in switches if epoch <= until]
+    if until == epochs:
+        commands.append(whole)
+    return [*denoised_copy(copy), *commands]
+
+
+def search_nct(run, name, switch, weight):
+    """Commands of a curriculum with an anchor, by the recipe of that name."""
+    epochs = search_length(name)[0] - switch
+    start = f"--warmup_epochs 1 --init OUT/search-{name}-denoised/epoch{switch}.pth --anchor {weight}"
+    flags = f"--source noisy --denoised OUT/denoiser-search/images --epochs {epochs}"
+    noisy = search_pretrain(run, f"{flags} {SEARCH[name]} {start}".replace("  ", " "))
+    return [*search_denoised(name, switch), noisy, probe_of(run, "gauss100", data="OUT/search")]
 
 
 def ablations(setting):

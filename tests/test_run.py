@@ -393,24 +393,24 @@ def plan(text, preset, noise="gauss50", seed=0, launch=()):
 
 def test_every_arm_is_pretrained_and_probed_on_the_images_of_its_kind(tmp_path):
     """Clean images for the arm clean, denoised ones and a denoiser for the arm that keeps it,
-    noisy for the rest; nc and nct start where the denoised run was after 12 epochs."""
+    noisy for the rest; nc and nct start where the denoised run was after 36 epochs."""
     assert stages(tmp_path, "tiny") == plan("""
         denoise.py train --out out/denoiser
         denoise.py apply --denoiser out/denoiser --out out/denoised
-        denoised> --source denoised --denoised out/denoised --epochs 20 --stop 12
+        denoised> --source denoised --denoised out/denoised --epochs 60 --stop 36
         random> --source noisy --epochs 0
         random:
-        noisy> --source noisy --epochs 20
+        noisy> --source noisy --epochs 60
         noisy:
-        denoised> --source denoised --denoised out/denoised --epochs 20
+        denoised> --source denoised --denoised out/denoised --epochs 60
         denoised: --denoised out/denoised --denoiser out/denoiser
-        nc> --source noisy --epochs 8 --init out/pretrain/denoised-seed0/epoch12.pth \
+        nc> --source noisy --epochs 24 --init out/pretrain/denoised-seed0/epoch36.pth \
  --warmup_epochs 1
         nc:
-        nct> --source noisy --epochs 8 --init out/pretrain/denoised-seed0/epoch12.pth \
+        nct> --source noisy --epochs 24 --init out/pretrain/denoised-seed0/epoch36.pth \
  --warmup_epochs 1 --denoised out/denoised --anchor 4
         nct:
-        clean> --source clean --epochs 20
+        clean> --source clean --epochs 60
         clean: --noise none
         pixels:
         pixels_denoised: --denoised out/denoised
@@ -449,10 +449,10 @@ def test_images_that_are_noisy_already_have_no_clean_arm(tmp_path):
 def test_denoised_images_of_ones_own_take_the_place_of_the_denoiser(tmp_path):
     ran = stages(tmp_path, "tiny", "--denoised", "mine", "--arms", "denoised nct")
     assert ran == plan("""
-        denoised> --source denoised --denoised mine --epochs 20 --stop 12
-        denoised> --source denoised --denoised mine --epochs 20
+        denoised> --source denoised --denoised mine --epochs 60 --stop 36
+        denoised> --source denoised --denoised mine --epochs 60
         denoised: --denoised mine
-        nct> --source noisy --epochs 8 --init out/pretrain/denoised-seed0/epoch12.pth \
+        nct> --source noisy --epochs 24 --init out/pretrain/denoised-seed0/epoch36.pth \
  --warmup_epochs 1 --denoised mine --anchor 4
         nct:
         pixels:
@@ -516,10 +516,10 @@ def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
     launch = str.split("-m torch.distributed.run --standalone --nproc_per_node 2 --")
     expected = []
     for seed in (0, 3):
-        init = f"out/pretrain/denoised-seed{seed}/epoch12.pth"
+        init = f"out/pretrain/denoised-seed{seed}/epoch36.pth"
         expected += plan(f"""
-            denoised> --source denoised --denoised mine --epochs 20 --stop 12
-            nc> --source noisy --epochs 8 --init {init} --warmup_epochs 1
+            denoised> --source denoised --denoised mine --epochs 60 --stop 36
+            nc> --source noisy --epochs 24 --init {init} --warmup_epochs 1
             nc:""", "tiny", seed=seed, launch=launch)
     expected += plan("""
         pixels:
@@ -537,7 +537,7 @@ def nct_flags(folder, preset, noise):
 
 @pytest.mark.parametrize("preset, first_phase, warmup, temp_warmup", [
     ("demo", 8, "1", None),
-    ("tiny", 12, "1", None),
+    ("tiny", 36, "1", None),
     ("imagenet100", 140, None, None),  # the paper's, as the next one
     ("imagenet1k", 30, "5", "15"),
 ])
