@@ -48,7 +48,7 @@ def noise(name, inverse=False, most=math.inf):
     """Register a noise model: a function (x, level, rng) -> x with noise, or (x, a, b, ..., rng).
     x: float32 tensor (H, W, C) in [0, 1]; the result is clipped later. level: the number in the
     spec, several are separated by commas. rng: torch generator of this image. inverse: a smaller
-    (first) level means stronger noise. most: the largest level that makes sense."""
+    (first) level means stronger noise. most: the largest level of any parameter."""
     def register(function):
         parameters = len(inspect.signature(function).parameters) - 2  # without x and rng
         NOISES[name] = NoiseModel(function, parameters, inverse, most)
@@ -248,7 +248,7 @@ class Folder:
 
     data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
     noise. denoised: folder with the same relative paths, any suffix. channels: those of training,
-    where this is another split; grey serves as colour. Raises UserError: for up to CHECKED files
+    where this is another split; grey files may be among colour. Raises UserError: for up to CHECKED files
     here, for others when they are read."""
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None):
         parse_noise(spec)  # a bad spec is named first

@@ -31,6 +31,7 @@ from common import UserError
 PRESETS = {
     "demo": {"epochs": 4, "width": 24, "batch_size": 16, "lr": 1e-3, "init_scale": 1.0},
     "tiny": {"epochs": 2, "width": 24, "batch_size": 4, "lr": 1e-3, "init_scale": 1.0},
+    "small": {"epochs": 4, "width": 24, "batch_size": 4, "lr": 1e-3, "init_scale": 1.0},
     "imagenet100": {},  # the paper's: the flags' own defaults
     "imagenet1k": {"batch_size": 8, "subset": 100_000},  # about 100 images a class
 }

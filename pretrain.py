@@ -3,7 +3,7 @@ frozen teacher that sees the same crops denoised.
 
     python pretrain.py --preset tiny --data DIR --noise gauss100 --source noisy --out OUT/noisy
 
-A noise curriculum is two runs. Without the last two flags it is NC, with them NCT:
+A noise curriculum is two runs. The last line, the anchor's, makes it NCT; without it, it is NC:
 
     python pretrain.py ... --source denoised --denoised DENOISED --epochs 10 --stop 6 --out OUT/first
     python pretrain.py ... --source noisy --epochs 4 --init OUT/first/epoch6.pth --out OUT/nct \\
@@ -42,6 +42,9 @@ SMALL = {
 PRESETS = {
     "demo": SMALL | {"epochs": 12, "global_size": 40},
     "tiny": SMALL | {"epochs": 60, "teacher_temp": 0.02},
+    # images of 64 to 256 pixels: as many patches a crop as tiny has; run.sh sets the epochs
+    "small": SMALL | {"epochs": 60, "teacher_temp": 0.02, "patch_size": 16, "global_size": 96,
+                      "local_size": 48},
     "imagenet100": {"epochs": 200, "batch_size": 40},  # the paper's: the rest are flags' defaults
     "imagenet1k": {"arch": "vit_base", "epochs": 100, "batch_size": 512, "drop_path": 0.1},
 }
@@ -208,11 +211,13 @@ def step_losses(args, run, crops, data, temp, keep=(None, None)):
     """All losses of one step, a dict of scalars, 'total' their weighted sum; the live teacher's
     targets of the class tokens (2, B, K); the student's class tokens (2B, D).
 
-    crops: of make_crops, by source. The student sees crops of args.source, masked. The live teacher
-    sees the same global crops unmasked. The anchor sees the same global crops cut from the denoised
-    image, unmasked. Its two terms have the weight args.anchor only; args.ibot_weight scales the
-    iBOT term of the live teacher alone. (For a loss of your own change this function: train()
-    wants a dict with 'total' first, monitors() reads 'dino' and the targets.)"""
+    crops: of make_crops, by source. The student sees global and local crops of args.source, half of
+    the global ones masked. The live teacher sees the same global crops unmasked. The anchor sees
+    the same global crops cut from the denoised image, unmasked. Its two terms have the weight
+    args.anchor only; args.ibot_weight scales the iBOT term of the live teacher alone.
+
+    For a loss of your own change this function, and give the same three. 'total' comes first. If there
+    is no 'dino' or there are no targets, change monitors() and collapse(), too."""
     masks, picked = data["masks"], data["picked"]
     seen = crops[args.source]
     live = run.teacher.targets(seen[0], picked, temp)
@@ -232,10 +237,9 @@ def step_losses(args, run, crops, data, temp, keep=(None, None)):
 
 def global_koleo(cls):
     """KoLeo of one view over the batch of all processes. Each has only its own rows' part of the
-    gradient, and DDP averages the parts, where a sum is needed. So the gradient is multiplied by
-    the number of processes; the value stays."""
+    gradient, and DDP averages the parts, where a sum is needed: times the number of processes."""
     koleo, processes = c.koleo_loss(c.gather_rows(cls)), c.world()[1]
-    return processes * koleo - (processes - 1) * koleo.detach()
+    return processes * koleo - (processes - 1) * koleo.detach()  # of the same value
 
 
 def monitors(losses, targets, cls):
@@ -464,11 +468,13 @@ def is_complete(args, out, position):
 
 
 def check(args):
-    """Look at the images before the long stages, and with --source denoised at the denoised ones."""
+    """Look at the images before the long stages, and with --source denoised at the denoised ones;
+    say how many there are to train on."""
     denoised = args.denoised if args.source == "denoised" else None  # an anchor's may yet be made
     train = c.Folder(args.data, "train", args.noise, args.noise_seed, denoised)
     if denoised and (train.data / "val").is_dir() and Path(denoised, "val").is_dir():
         c.Folder(args.data, "val", args.noise, args.noise_seed, denoised, train.channels)
+    c.say(f"{args.data}: {len(train)} images to train on")
     return 0
 
 

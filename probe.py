@@ -27,8 +27,9 @@ import denoise
 from common import UserError
 
 SMALL = {"iterations": 2000, "img_size": 64, "resize": 64}
-PRESETS = {"demo": SMALL | {"iterations": 1000}, "tiny": SMALL, "imagenet100": {"views": 10},
-           "imagenet1k": {"views": 4}}
+PRESETS = {"demo": SMALL | {"iterations": 1000}, "tiny": SMALL,
+           "small": SMALL | {"img_size": 128, "resize": 128},
+           "imagenet100": {"views": 10}, "imagenet1k": {"views": 4}}
 PROBE_FLAGS = {
     "run": ("", "folder of a finished run: backbone.pth, config.json, summary.json"),
     "pixels": (False, "instead of --run: averaged pixels as features, what pretraining must beat"),
@@ -252,8 +253,8 @@ def hold_out(y, seed, share=0.1):
 
 
 def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
-    """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val is
-    never seen. Gives (tokens, weight, bias) of that head, and what was chosen."""
+    """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val has
+    no part in it. Gives (tokens, weight, bias) of that head, and what was chosen."""
     held = hold_out(y, args.seed)
     (keep,) = torch.where(~held)
     best = {"held_out": -1}

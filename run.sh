@@ -9,7 +9,8 @@ bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
   --noise SPEC      synthetic noise: gauss100, shot3, speckle0.4, rician60, impulse0.3, camera30,5, gauss50-255;
                     none (default): the images are noisy already
-  --preset NAME     tiny (64 x 64 images, laptop), imagenet100 (default), imagenet1k, demo
+  --preset NAME     tiny (64 x 64 images, laptop), small (1,000 to 50,000 images of 64 to 256 pixels), imagenet100 (default),
+                    imagenet1k, demo
   --arms "A B"      of random noisy denoised nc nct clean (default: all; without clean where --noise is none)
   --seeds "0 1 2"   pretraining seeds (default 0)
   --gpus N          processes, one a GPU (default 1: the GPU if there is one, else the CPU)
@@ -99,18 +100,23 @@ for arm in $arms; do
     *) fail "--arms $arm: unknown; use random noisy denoised nc nct clean" ;;
   esac
 done
+[ -d "$data" ] || fail "--data $data: no such folder"
 # the curriculum of a preset: epochs of an arm, those of them on denoised images, flags of the noisy phase, the anchor's
 # weight (the paper's, by noise), the denoiser's batch
 case $preset in
   demo) length=12 part=8 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
   tiny) length=60 part=36 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
+  small)  # 4,000 steps of 64 images, at least 20 epochs
+    images=$("$python" "$here/pretrain.py" check --data "$data" --out none) || exit 2
+    images=${images% images*} images=${images##* } weight=4 batch=4 noisy_flags=(--warmup_epochs 1)
+    length=$((256000 / images)) length=$((length > 20 ? length : 20)) part=$((length * 6 / 10)) ;;
   imagenet100)
     length=200 part=140 noisy_flags=() batch=4
     case $noise in gauss100) weight=4 ;; gauss255) weight=1.1 ;; shot1) weight=5 ;; speckle1|speckle1.0) weight=2 ;; *) weight=1 ;; esac ;;
   imagenet1k)
     length=100 part=30 noisy_flags=(--warmup_epochs 5 --teacher_temp_warmup_epochs 15) batch=8
     case $noise in gauss100) weight=2 ;; gauss255) weight=1.6 ;; *) weight=1 ;; esac ;;
-  *) fail "--preset $preset: use demo, tiny, imagenet100 or imagenet1k" ;;
+  *) fail "--preset $preset: use demo, tiny, small, imagenet100 or imagenet1k" ;;
 esac
 epochs=${epochs:-$length} switch=${switch:-$part} anchor=${anchor:-$weight}
 [[ $epochs =~ ^[0-9]+$ && $switch =~ ^[0-9]+$ ]] || fail "-- --epochs $epochs --switch $switch: must be whole numbers"
@@ -124,7 +130,6 @@ fi
 [ -z "$for_nc" ] || uses "nc|nct" || fail "-- $for_nc: has no effect without the arms nc and nct"
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus $gpus: must be a whole number from 1"
 [[ $seeds =~ ^[0-9]+(\ +[0-9]+)*$ ]] || fail "--seeds $seeds: must be whole numbers"
-[ -d "$data" ] || fail "--data $data: no such folder"
 if [ "$gpus" -gt 1 ]; then
   found=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   [ "$found" -ge "$gpus" ] || fail "--gpus $gpus: this machine has $found CUDA devices"

@@ -85,8 +85,9 @@ BAD = [  # flags, what the error line says, what is wrong with the data
     ("--data nowhere", "--data nowhere: no such folder"),
     ("", "no images found", no_image),
     ("", "0001.png: not a readable image", corrupt),
+    ("--preset small", "0001.png: not a readable image", corrupt),
     ("", "circles: class unknown to train", unknown_class),
-    ("--preset huge", "--preset huge: use demo, tiny, imagenet100 or imagenet1k"),
+    ("--preset huge", "--preset huge: use demo, tiny, small, imagenet100 or imagenet1k"),
     ("--arms foo", "--arms foo: unknown"),
     ("--arms clean", "--arms clean: with --noise none"),
     ("--seeds x", "--seeds x: must be whole numbers"),
@@ -293,6 +294,7 @@ case " $* " in
   *" venv "*) mkdir -p "HERE/.venv/bin"; cp "$0" "HERE/.venv/bin/python" ;;
 esac
 echo "$*" >>"HERE/ran"
+case " $* " in *"pretrain.py check"*) echo "data of images: ${IMAGES-4000} images to train on" ;; esac
 MORE
 """
 
@@ -553,6 +555,14 @@ def test_preset_sets_the_length_of_both_phases_and_the_warm_ups_of_the_noisy_one
     assert "--warmup_epochs" not in first and "--teacher_temp_warmup_epochs" not in first
 
 
+@pytest.mark.parametrize("images, epochs, switch", [(1000, 256, 153), (4000, 64, 38), (50000, 20, 12)])
+def test_small_trains_4000_steps_and_at_least_20_epochs(tmp_path, monkeypatch, images, epochs, switch):
+    monkeypatch.setenv("IMAGES", str(images))
+    first, nct = nct_flags(tmp_path, "small", "none")
+    assert (first["--epochs"], first["--stop"]) == (str(epochs), str(switch))
+    assert nct["--epochs"] == str(epochs - switch)
+
+
 @pytest.mark.parametrize("preset, noise, weight", [  # METHOD.md, table of the paper
     ("imagenet100", "gauss100", "4"),
     ("imagenet100", "gauss255", "1.1"),
@@ -611,7 +621,7 @@ def test_time_that_is_left_is_told_once_a_pretraining_took_some(tmp_path):
     flags = str.split("--data data --preset tiny --out out --seeds")
     sleep = 'case "$*" in *"--seed 1"*) sleep 5 ;; esac'
     _, text = recorded(tmp_path, *flags, "0 1 2", "--arms", "noisy", more=sleep)
-    assert text.splitlines()[1:] == [
+    assert text.splitlines()[2:] == [  # after the checks
         "== 1/3 pretraining noisy, seed 0 ==",
         "== 2/3 pretraining noisy, seed 1 (the last took 0 min 0 s) ==",
         "== 3/3 pretraining noisy, seed 2 (the last took 0 min 5 s, about 1 min left) =="]
@@ -627,7 +637,7 @@ def test_two_of_the_same_command_run_one_after_the_other(tmp_path):
     fcntl.flock(lock, fcntl.LOCK_EX)
     with subprocess.Popen(command, env=env, cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE) as process:
-        seen = [process.stdout.readline(), process.stdout.readline()]
+        seen = [process.stdout.readline() for _ in range(3)][1:]  # after the checks
         before = called(tmp_path)[1]
         os.close(lock)  # which frees it
         after = process.stdout.read()
