@@ -14,6 +14,7 @@ import hashlib
 import math
 import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,10 @@ PROBE_FLAGS = {
     "views": (0, "randomly cropped views of each training image besides the central one"),
     "iterations": (12500, "steps of the linear heads"),
     "batch_size": (128, "of the linear heads"),
+    "shots": ([], "also heads on so few labels a class, as 5,10,20,50"),
 }
 GROUPS = {"data": c.DATA_FLAGS, "probe": PROBE_FLAGS, "running": c.RUNNING_FLAGS}
+CHECK_GROUPS = {"data": c.DATA_FLAGS, "probe": {"shots": PROBE_FLAGS["shots"]}}
 
 
 def read_config(argv):
@@ -59,7 +62,15 @@ def read_config(argv):
         raise UserError("--denoiser: has no effect without --denoised")
     if args.resize < args.img_size:
         raise UserError(f"--resize {args.resize}: must be at least --img_size {args.img_size}")
+    args.shots = whole_shots(args.shots)
     return args
+
+
+def whole_shots(shots):
+    """--shots as whole numbers. Raises UserError."""
+    if any(n < 1 or n % 1 for n in shots):
+        raise UserError("--shots: must be whole numbers from 1, separated by commas: 5,10,20,50")
+    return sorted({int(n) for n in shots})
 
 
 # ==== backbone ====================================================================================
@@ -234,10 +245,23 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
     return weight.detach(), bias.detach()
 
 
-def accuracy(x, y, *head):
-    """Top-1 in % of every head: x (N, 5, D), y (N,), head: tokens, weight, bias."""
-    answers = [head_logits(part, *head).argmax(2).cpu() for part in x.split(1024)]
-    return (torch.cat(answers) == y[:, None]).double().mean(0) * 100
+def predict(x, *head):
+    """The class (N, heads) that every head answers: x (N, 5, D), head: tokens, weight, bias."""
+    return torch.cat([head_logits(part, *head).argmax(2).cpu() for part in x.split(1024)])
+
+
+def accuracy(answers, y):
+    """Top-1 in %: the share of the answers (N,) that are the classes y (N,)."""
+    return 100 * (answers == y).double().mean().item()
+
+
+def balanced_accuracy(answers, y):
+    """Mean of the recalls of the classes in y, in %: each class counts as much as the largest one.
+    Where all are of one size it is the accuracy, to the bit."""
+    sizes = y.bincount().double()
+    weight = sizes.max() / sizes[y]
+    right = weight * (answers == y)
+    return 100 * (right.sum() / weight.sum()).item()
 
 
 def hold_out(y, seed, share=0.1):
@@ -254,15 +278,18 @@ def hold_out(y, seed, share=0.1):
 
 def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
     """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val has
-    no part in it. Gives (tokens, weight, bias) of that head, and what was chosen."""
+    no part in it. The best has the highest balanced accuracy: plain accuracy would choose a head that
+    always answers the largest class. Gives its (tokens, weight, bias), and what was chosen."""
     held = hold_out(y, args.seed)
     (keep,) = torch.where(~held)
     best = {"held_out": -1}
     for name, tokens in inputs.items():
         weight, bias = train_heads(x, y, classes, tokens, args, keep, device)
-        score, k = accuracy(x[0, held], y[held], tokens, weight, bias).max(0)
-        if score > best["held_out"]:
-            best = {"head": name, "rate": RATES[k], "held_out": score.item()}
+        answers = predict(x[0, held], tokens, weight, bias)
+        scores = [balanced_accuracy(of_head, y[held]) for of_head in answers.T]
+        k = scores.index(max(scores))
+        if scores[k] > best["held_out"]:
+            best = {"head": name, "rate": RATES[k], "held_out": scores[k]}
             head = tokens, weight[:, k, None], bias[k, None]
     return head, best
 
@@ -271,19 +298,19 @@ def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
 NEIGHBORS = (10, 20, 100, 200)
 
 
-def knn(train_x, train_y, x, y, classes, temp=0.07):
-    """{k: top-1 in %} of weighted k-NN on L2-normalised class tokens (N, D); weights exp(similarity / temp)."""
+def knn(train_x, train_y, x, classes, neighbors=NEIGHBORS, temp=0.07):
+    """{k: the class (M,) that weighted k-NN answers} on L2-normalised class tokens, train_x (N, D)
+    and x (M, D); a neighbour's weight is exp(similarity / temp)."""
     train_x, x = F.normalize(train_x), F.normalize(x)
-    most = min(max(NEIGHBORS), len(train_x))
-    right = dict.fromkeys(NEIGHBORS, 0)
-    for xb, yb in zip(x.split(512), y.split(512), strict=True):
-        similarity, nearest = (xb @ train_x.T).topk(most)
+    most = min(max(neighbors), len(train_x))
+    answers = {k: [] for k in neighbors}
+    for part in x.split(512):
+        similarity, nearest = (part @ train_x.T).topk(most)
         weights = (similarity / temp).exp()
         votes = F.one_hot(train_y[nearest], classes) * weights[..., None]
-        for k in NEIGHBORS:  # votes (B, neighbours, classes)
-            predicted = votes[:, :k].sum(1).argmax(1)
-            right[k] += (predicted == yb).sum().item()
-    return {str(k): 100 * n / len(y) for k, n in right.items()}
+        for k in neighbors:  # votes (B, neighbours, classes)
+            answers[k].append(votes[:, :k].sum(1).argmax(1))
+    return {k: torch.cat(parts) for k, parts in answers.items()}
 
 
 def nearest_tokens(x, y, classes, seed):
@@ -291,7 +318,8 @@ def nearest_tokens(x, y, classes, seed):
     held, scores = hold_out(y, seed), {}
     for name, tokens in PIXELS.items():
         vectors = x[:, tokens].flatten(1)
-        scores[name] = knn(vectors[~held], y[~held], vectors[held], y[held], classes)["20"]
+        answers = knn(vectors[~held], y[~held], vectors[held], classes, (20,))
+        scores[name] = balanced_accuracy(answers[20], y[held])
     return PIXELS[max(scores, key=scores.get)]
 
 
@@ -312,9 +340,66 @@ def retrieval_map(x, y):
     return 100 * torch.stack(values).mean().item() if values else None
 
 
+# ==== few labels ==================================================================================
+DRAWS = 10  # of the labelled images
+
+
+def draw_shots(y, shots, rng):
+    """Indices of so many random images of every class; a smaller class gives all that it has."""
+    order = torch.randperm(len(y), generator=rng)
+    return torch.cat([order[y[order] == k][:shots] for k in y.unique()])
+
+
+def logistic_regression(x, y, classes):
+    """Weight (D, classes) and bias (classes,) of least summed cross-entropy plus half the squared
+    weights, scikit-learn's default; x (N, D) standardised features, y (N,)."""
+    weight = x.new_zeros(x.shape[1], classes, requires_grad=True)
+    bias = x.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        misfit = F.cross_entropy(x @ weight + bias, y, reduction="sum")
+        value = misfit + weight.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def few_shots(x, y, val_x, val_y, classes, args, device="cpu"):
+    """What so few labels a class are worth as --shots says: logistic regression and 1-NN on x (N, D),
+    tested on val_x (M, D). Nothing is chosen. A draw of more shots has those of fewer among its own.
+
+    Gives {shots: {figure: {"mean", "std", "draws"}}}, in %, of the figures linear, nn, balanced_linear
+    and balanced_nn."""
+    std, mean = torch.std_mean(x, 0)  # of all training images: that needs no labels
+    scaled, val_scaled = ((z - mean) / std.clamp(min=1e-6) for z in (x, val_x))
+    result = {}
+    for shots in args.shots:
+        small = (y.bincount() < shots).sum()
+        if small:
+            c.say(f"warning: --shots {shots}: {small} of {classes} classes have fewer images, and give all of them")
+        scores = defaultdict(list)
+        for draw in range(DRAWS):
+            picked = draw_shots(y, shots, c.generator(args.seed, "shots", draw))
+            labels = y[picked]
+            weight, bias = logistic_regression(scaled[picked].to(device), labels.to(device), classes)
+            linear = (val_scaled @ weight.cpu() + bias.cpu()).argmax(1)
+            nearest = knn(x[picked], labels, val_x, classes, (1,))[1]
+            for name, answers in {"linear": linear, "nn": nearest}.items():
+                scores[name].append(accuracy(answers, val_y))
+                scores[f"balanced_{name}"].append(balanced_accuracy(answers, val_y))
+        result[str(shots)] = {name: {"mean": np.mean(draws), "std": np.std(draws, ddof=1), "draws": draws}
+                              for name, draws in scores.items()}
+    return result
+
+
 # ==== all figures of one backbone =================================================================
-def read_labels(train, val):
-    """(number of classes, train labels (N,), val labels). Raises UserError where the class folders do not agree."""
+def read_labels(train, val, shots=()):
+    """(number of classes, train labels (N,), val labels). Raises UserError where the class folders do
+    not agree, or no class has so many images."""
     names, y = np.unique(train.labels(), return_inverse=True)
     val_names = val.labels()
     for name in np.setdiff1d(val_names, names):
@@ -322,6 +407,10 @@ def read_labels(train, val):
     classes = len(names)
     if classes == len(y):
         raise UserError(f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth")
+    largest = np.bincount(y).max()
+    if max(shots, default=0) > largest:
+        raise UserError(f"--shots {max(shots)}: no class in {train.data}/train has so many images; "
+                        f"the largest has {largest}")
     return classes, torch.from_numpy(y), torch.from_numpy(np.searchsorted(names, val_names))
 
 
@@ -357,11 +446,11 @@ def evaluate(args, device, saved):
     if train.channels != backbone.channels:
         raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
     val, _ = open_folder(args, "val", train.channels)
-    origin = {"files": [train.fingerprint(), val.fingerprint()], **backbone.about}
+    origin = {"files": [train.fingerprint(), val.fingerprint()], "shots": args.shots, **backbone.about}
     if origin.items() <= saved.items():
         c.say(f"{args.out}: complete, nothing to do")
         return None
-    classes, y, val_y = read_labels(train, val)
+    classes, y, val_y = read_labels(train, val, args.shots)
     x = embed_folder(args, backbone, train, source, device, args.views)
     val_x = embed_folder(args, backbone, val, source, device)
     specs, tests = {}, {}
@@ -382,16 +471,25 @@ def evaluate(args, device, saved):
         return z[0][:, tokens].flatten(1)
 
     def figures(z, prefix):
-        return {f"{prefix}linear": accuracy(z[0], val_y, *head).item(),
-                f"{prefix}knn": knn(vectors(x), y, vectors(z), val_y, classes),
-                f"{prefix}map": retrieval_map(vectors(z), val_y)}
+        result = {}
+        linear = predict(z[0], *head)[:, 0]
+        nearest = knn(vectors(x), y, vectors(z), classes)
+        for name, score in {"": accuracy, "balanced_": balanced_accuracy}.items():
+            result[f"{prefix}{name}linear"] = score(linear, val_y)
+            result[f"{prefix}{name}knn"] = {str(k): score(nearest[k], val_y) for k in nearest}
+        return {**result, f"{prefix}map": retrieval_map(vectors(z), val_y)}
 
-    result = {**figures(val_x, ""), "chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y)}
+    sizes = val_y.unique(return_counts=True)[1]
+    result = {**figures(val_x, ""), "chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y),
+              "class_sizes": [sizes.min().item(), sizes.max().item()]}  # of val
+    result["few_shots"] = few_shots(vectors(x), y, vectors(val_x), val_y, classes, args, device)
     if tests:
         result |= figures(tests[0], "clean_")
         result["cosine"] = F.cosine_similarity(vectors(val_x), vectors(tests[0])).mean().item()
-        result["sweep"] = [{"strength": k, "noise": specs[k], "linear": accuracy(z[0], val_y, *head).item()}
-                           for k, z in tests.items()]
+        result["sweep"] = []
+        for strength, z in tests.items():
+            linear = accuracy(predict(z[0], *head)[:, 0], val_y)
+            result["sweep"] += [{"strength": strength, "noise": specs[strength], "linear": linear}]
     return {**result, "seconds": c.now() - started, "config": vars(args), **origin}
 
 
@@ -399,13 +497,18 @@ def evaluate(args, device, saved):
 COLORS = {"pixels": "#000000", "pixels_denoised": "#8c564b", "random": "#888888",
           "noisy": "#d62728", "nc": "#ff9f1c", "nct": "#2ca02c", "denoised": "#1f77b4",
           "clean": "#9467bd"}  # in the order of the table
-COLUMNS = {"linear": "linear", "clean_linear": "linear, clean val", "knn20": "20-NN", "map": "retrieval mAP",
+COLUMNS = {"linear": "linear", "balanced_linear": "linear, balanced", "clean_linear": "linear, clean val",
+           "knn20": "20-NN", "balanced_knn20": "20-NN, balanced", "map": "retrieval mAP",
            "cosine": "cosine noisy-clean", "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
 DIGITS = {"cosine": 2, "peak_gb": 2}  # of other columns 1
 ABOUT = """{classes} classes, {train} training and {val} validation images, noise {config[noise]}, {pretrain[arch]}, \
 on {device}. Figures in %, on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is \
 selected on val. `pixels`: averaged pixels instead of features. `denoised` needs its denoiser at test time; `clean` is \
 tested on clean images."""
+BALANCED = """ A class has {class_sizes[0]} to {class_sizes[1]} validation images; balanced: the mean of the classes' \
+recalls."""
+FEW = {"balanced_linear": "Logistic regression", "balanced_nn": "Nearest neighbour"}
+FEW_LABELS = "{} on so many labels a class: balanced accuracy, mean ± standard deviation of {} draws, of each seed:"
 
 
 def spread(values, digits=1):
@@ -426,8 +529,9 @@ def read_results(out):
     """{arm: {ARM-seedK: result}} of out/probe, in the order of COLORS. Raises UserError."""
     arms, trained = {arm: {} for arm in COLORS}, False
     for path in sorted(out.glob("probe/*-seed*.json")):
-        result = c.read_json(path, {"linear", "knn", "map", "classes", "train", "val", "config"})
-        figures = {"knn20": result["knn"]["20"]}
+        result = c.read_json(path, {"linear", "knn", "balanced_knn", "map", "few_shots", "classes",
+                                    "class_sizes", "train", "val", "config"})
+        figures = {"knn20": result["knn"]["20"], "balanced_knn20": result["balanced_knn"]["20"]}
         if "summary" in result:
             trained = True
             figures |= {**result["summary"], "minutes": result["summary"]["seconds"] / 60}
@@ -442,15 +546,40 @@ def read_results(out):
     return arms
 
 
+def shown_columns(results):
+    """The columns of which there is a figure; balanced ones where val's classes differ in size."""
+    keys = [key for key in COLUMNS if any(result.get(key) is not None for result in results)]
+    if all(len(set(result["class_sizes"])) == 1 for result in results):
+        keys = [key for key in keys if not key.startswith("balanced")]
+    return keys
+
+
+def few_shot_tables(arms):
+    """Lines of a table of balanced accuracy for each head on few labels; none without --shots."""
+    text = []
+    for name, title in FEW.items():
+        draws = {arm: defaultdict(list) for arm in arms}  # of each number of labels
+        for arm, runs in arms.items():
+            for result in runs.values():
+                for shots, figures in result["few_shots"].items():
+                    draws[arm][int(shots)] += figures[name]["draws"]
+        sizes = sorted(set().union(*draws.values()))
+        rows = [[arm, *(spread(found[n]) for n in sizes)] for arm, found in draws.items()]
+        if sizes:
+            text += [FEW_LABELS.format(title, DRAWS), "", *table(["arm", *map(str, sizes)], rows), ""]
+    return text
+
+
 def report(out):
     """results.md, results.json and four pictures from out/probe/ARM-seedK.json and out/pretrain."""
     arms = read_results(out)
-    results, rows, sweeps = [], [], []
+    everything = [result for runs in arms.values() for result in runs.values()]
+    columns = shown_columns(everything)
+    rows, sweeps = [], []
     for arm, runs in arms.items():
         seeds = list(runs.values())
-        results += [result for result in seeds if "pretrain" in result]
         row = [arm, str(len(seeds))]
-        for key in COLUMNS:
+        for key in columns:
             row += [spread([result.get(key) for result in seeds], DIGITS.get(key, 1))]
         rows.append(row)
         cells = []
@@ -458,12 +587,15 @@ def report(out):
             cells += [spread([point["linear"] for point in points])]
         if cells:
             sweeps.append([arm, *cells])
+    results = [result for result in everything if "pretrain" in result]
     results.sort(key=lambda result: "sweep" not in result)  # those of noisy images come first
-    figures = table(["arm", "seeds", *COLUMNS.values()], rows)
-    text = [f"# {out.name}", "", ABOUT.format(**results[0]), "", *figures, ""]
+    about = ABOUT + BALANCED if "balanced_linear" in columns else ABOUT
+    figures = table(["arm", "seeds", *(COLUMNS[key] for key in columns)], rows)
+    text = [f"# {out.name}", "", about.format(**results[0]), "", *figures, ""]
     if sweeps:
         header = ["arm", *(point["noise"] for point in results[0]["sweep"])]
         text += ["Linear probe tested at other noise levels:", "", *table(header, sweeps), ""]
+    text += few_shot_tables(arms)
     for name, picture in pictures(out, arms, results).items():
         if picture:
             picture.save(f"{out}/{name}.png")
@@ -599,18 +731,23 @@ def main():
         case ["report", *_]:
             raise UserError("usage: python probe.py report runs/NAME")
         case ["check", *flags]:
-            args = c.read_flags([*flags, "--out", "none"], __doc__, PRESETS, {"data": c.DATA_FLAGS})
-            train = c.Folder(args.data, "train", args.noise)
-            read_labels(train, c.Folder(args.data, "val", args.noise, channels=train.channels))
+            check(c.read_flags([*flags, "--out", "none"], __doc__, PRESETS, CHECK_GROUPS))
         case flags:
             probe(read_config(flags))
+
+
+def check(args):
+    """Look at labels and images before the long stages."""
+    train = c.Folder(args.data, "train", args.noise)
+    val = c.Folder(args.data, "val", args.noise, channels=train.channels)
+    read_labels(train, val, whole_shots(args.shots))
 
 
 def probe(args):
     saved = {}
     if Path(args.out).exists():
         saved = c.read_json(args.out, {"config"})
-        c.check_config(saved["config"], vars(args), c.FREE | {"data"}, args.out)
+        c.check_config(saved["config"], vars(args), c.FREE | {"data", "shots"}, args.out)
     result = evaluate(args, c.setup(args.device), saved)
     if result:
         c.write_json(args.out, result)

@@ -15,6 +15,7 @@ bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --seeds "0 1 2"   pretraining seeds (default 0)
   --gpus N          processes, one a GPU (default 1: the GPU if there is one, else the CPU)
   --denoised DIR    your own denoised images, same relative paths, instead of Neighbor2Neighbor's
+  --shots 5,10,20   probe on so few labels a class, too
   --out DIR         default runs/<name of the data folder>
 After --, --epochs is the length of every arm and --switch the part of it on denoised images; --anchor, --anchor_head and
 --anchor_from are for nct, --init_backbone for the arms that start from random weights; the rest goes to every run.
@@ -23,11 +24,11 @@ TEXT
 fail() { echo "error: $*" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-data='' noise='' preset='' arms='' seeds=0 gpus=1 denoised='' out='' mode=run extra=()
+data='' noise='' preset='' arms='' seeds=0 gpus=1 denoised='' shots='' out='' mode=run extra=()
 [ "${1-}" = test ] && { mode=test; shift; }
 while [ $mode = run ] && [ $# -gt 0 ]; do
   case $1 in
-    --data|--noise|--preset|--arms|--seeds|--gpus|--denoised|--out)
+    --data|--noise|--preset|--arms|--seeds|--gpus|--denoised|--shots|--out)
       [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
       printf -v "${1#--}" %s "$2"; shift 2 ;;
     --) shift; extra=("$@"); break ;;
@@ -182,14 +183,16 @@ pretrain() {  # run, arm, flags of its own
   GLIBC_TUNABLES=$keep stage "pretraining $arm, seed $seed" "${launch[@]}" "$here/pretrain.py" "${common[@]}" \
     --seed "$seed" --out "$out/pretrain/$run-seed$seed" "$@" ${flags[@]+"${flags[@]}"}
 }
+shot_flags=(${shots:+--shots "$shots"})
 probe() {  # arm, flags of its own
   local arm=$1; shift
   [ -z "$probes" ] || stage "probing $arm, seed $seed" "${launch[@]}" "$here/probe.py" "${common[@]}" \
-    --run "$out/pretrain/$arm-seed$seed" --out "$out/probe/$arm-seed$seed.json" "$@"
+    --run "$out/pretrain/$arm-seed$seed" --out "$out/probe/$arm-seed$seed.json" ${shot_flags[@]+"${shot_flags[@]}"} "$@"
 }
 probe_pixels() {  # name, flags of its own: what pretraining must beat
   local name=$1; shift
-  stage "probing $name" "${launch[@]}" "$here/probe.py" "${common[@]}" --pixels --out "$out/probe/$name-seed0.json" "$@"
+  stage "probing $name" "${launch[@]}" "$here/probe.py" "${common[@]}" --pixels --out "$out/probe/$name-seed0.json" \
+    ${shot_flags[@]+"${shot_flags[@]}"} "$@"
 }
 denoised_run() {  # title, flags (--stop): one run is first phase of nc and nct and, to its end, the arm; trained once
   pretrain denoised "$@" --source denoised --denoised "$copy" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
@@ -243,8 +246,9 @@ all_stages() {
 probes='' counting='' copy=${denoised:-$out/denoised}
 if [ -d "$data/train" ] && [ -d "$data/val" ]; then
   labels=$(find -L "$data/train" "$data/val" -mindepth 2 -type f -print -quit 2>/dev/null)
-  [ -z "$labels" ] || { probes=yes; run "$python" "$here/probe.py" check "${common[@]}"; }
+  [ -z "$labels" ] || { probes=yes; run "$python" "$here/probe.py" check "${common[@]}" ${shot_flags[@]+"${shot_flags[@]}"}; }
 fi
+[ -n "$probes" ] || [ -z "$shots" ] || fail "--shots $shots: has no effect without train/<class>/ and val/<class>/ in $data"
 [ -n "$probes" ] || echo "no train/<class>/ and val/<class>/ in $data: pretraining without probes"
 through=(--denoised "$copy")  # what the probe of denoised images needs
 [ -n "$denoised" ] || through+=(--denoiser "$out/denoiser")

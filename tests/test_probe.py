@@ -196,13 +196,30 @@ def test_heads_start_from_normal_weights_of_a_hundredth_which_the_seed_draws():
 def test_accuracy_is_the_share_of_right_answers_of_every_head():
     x, y = randn(2100, 5, 3), randint(4, 2100, seed=2)  # more than two chunks
     weight, bias = randn(6, 3, 4), randn(3, 4)
-    got = probe.accuracy(x, y, [0, 4], weight, bias)
+    answers = probe.predict(x, [0, 4], weight, bias)
     for h in range(3):
         right = 0
         for features, label in zip(x, y, strict=True):
             logits = features[[0, 4]].flatten() @ weight[:, h] + bias[h]
             right += int(logits.argmax() == label)
-        assert got[h].item() == pytest.approx(right / 21)
+        assert probe.accuracy(answers[:, h], y) == pytest.approx(right / 21)
+
+
+def test_balanced_accuracy_is_the_mean_of_the_recalls_of_the_classes_that_there_are():
+    y = torch.tensor([0] * 6 + [1] * 3 + [3])  # none of class 2
+    answers = torch.tensor([0, 0, 0, 0, 0, 2, 1, 0, 3, 3])
+    expected = 100 * np.mean([5 / 6, 1 / 3, 1])
+    assert probe.balanced_accuracy(answers, y) == pytest.approx(expected)
+    always_the_largest = torch.zeros_like(y)
+    assert probe.accuracy(always_the_largest, y) == 60
+    assert probe.balanced_accuracy(always_the_largest, y) == pytest.approx(100 / 3)
+
+
+def test_balanced_accuracy_of_classes_of_one_size_is_the_accuracy_to_the_bit():
+    y = torch.arange(7).repeat(11)
+    for seed in range(50):
+        answers = randint(7, 77, seed=seed)
+        assert probe.balanced_accuracy(answers, y) == probe.accuracy(answers, y)
 
 
 def test_hold_out_is_a_tenth_of_every_class_and_reproducible():
@@ -219,23 +236,27 @@ def test_hold_out_is_a_tenth_of_every_class_and_reproducible():
     assert of_first.max() < 58
 
 
-@pytest.mark.parametrize("seed", [5, 6, 7])
-def test_head_is_chosen_on_the_central_view_of_held_out_images_and_trained_on_the_others(seed):
-    y = torch.arange(3).repeat(40)
-    centres = 0.7 * randn(3, 5, 3, seed=1)
+@pytest.mark.parametrize("seed", [5, 6, 8])  # for which plain accuracy would choose another
+def test_head_is_chosen_by_balanced_accuracy_on_the_central_view_of_held_out_images(seed):
+    """And trained on the others."""
+    y = torch.arange(3).repeat_interleave(torch.tensor([80, 20, 20]))
+    centres = 0.3 * randn(3, 5, 3, seed=1)
     x = randn(2, 120, 5, 3) + centres[y]
     args = protocol(seed=seed, iterations=40, batch_size=32)
     held = probe.hold_out(y, seed)
     keep = (~held).nonzero().flatten()
-    heads = []
+    heads, plain = [], []
     for name, tokens in probe.INPUTS.items():
         weight, bias = probe.train_heads(x, y, 3, tokens, args, keep)
-        scores = probe.accuracy(x[0, held], y[held], tokens, weight, bias).tolist()
-        for k, score in enumerate(scores):
+        answers = probe.predict(x[0, held], tokens, weight, bias)
+        for k in range(13):
+            score = probe.balanced_accuracy(answers[:, k], y[held])
             chosen = {"head": name, "rate": probe.RATES[k], "held_out": score}
             heads.append((chosen, tokens, weight[:, k], bias[k]))
+            plain.append(probe.accuracy(answers[:, k], y[held]))
     scores = [chosen["held_out"] for chosen, *_ in heads]
     assert len(set(scores)) > 3
+    assert scores.index(max(scores)) != plain.index(max(plain))
     expected, *head = heads[scores.index(max(scores))]  # the first of the best
     (tokens, weight, bias), chosen = probe.linear_probe(x, y, 3, args)
     assert chosen == expected
@@ -261,15 +282,16 @@ def plain_knn(train_x, train_y, x, y, k):
     return 100 * right / len(y)
 
 
-def test_knn_equals_plain_loops(monkeypatch):
+def test_knn_equals_plain_loops():
     assert probe.NEIGHBORS == (10, 20, 100, 200)
-    monkeypatch.setattr(probe, "NEIGHBORS", (1, 10, 20, 200))  # 200: more than there are
     train_y, y = randint(4, 60, seed=1), randint(4, 530, seed=2)  # two chunks
     centres = randn(4, 8, seed=3)
     train_x, x = randn(60, 8) + centres[train_y], randn(530, 8, seed=5) * 3 + centres[y]
     train_x *= 0.5 + torch.rand(60, 1, generator=gen(6))  # lengths must not matter
-    expected = {str(k): plain_knn(train_x, train_y, x, y, k) for k in (1, 10, 20, 200)}
-    assert probe.knn(train_x, train_y, x, y, 4) == pytest.approx(expected)
+    neighbors = (1, 10, 20, 200)  # 200: more than there are
+    expected = {k: plain_knn(train_x, train_y, x, y, k) for k in neighbors}
+    answers = probe.knn(train_x, train_y, x, 4, neighbors)
+    assert {k: probe.accuracy(answers[k], y) for k in answers} == pytest.approx(expected)
     assert len(set(expected.values())) >= 3
 
 
@@ -328,6 +350,80 @@ def test_sweep_scales_the_strength_of_the_noise(spec, levels, others):
         assert common.parse_noise(tested) == (name, numbers)
     if "-" not in spec:
         assert specs[1] == spec
+
+
+# ==== few labels ==================================================================================
+def test_draw_takes_so_many_images_of_every_class_and_all_of_a_smaller_one():
+    y = torch.arange(4).repeat_interleave(torch.tensor([30, 12, 3, 1]))
+    y = y[torch.randperm(46, generator=gen())]
+    picked = probe.draw_shots(y, 5, gen(1))
+    assert y[picked].bincount().tolist() == [5, 5, 3, 1]
+    assert len(picked.unique()) == 14
+    assert torch.equal(picked, probe.draw_shots(y, 5, gen(1)))
+    assert set(picked.tolist()) < set(probe.draw_shots(y, 10, gen(1)).tolist())
+    often = sum(torch.zeros(46).index_fill(0, probe.draw_shots(y, 5, gen(k)), 1) for k in range(300))
+    of_first = often[y == 0]  # each image 50 times of 300, within five deviations
+    assert of_first.min() > 18
+    assert of_first.max() < 82
+
+
+def test_logistic_regression_is_the_minimum_of_cross_entropy_and_half_the_squared_weights():
+    y = randint(3, 60, seed=1)
+    x = randn(60, 8) + randn(3, 8, seed=2)[y]
+    weight, bias = probe.logistic_regression(x, y, 3)
+
+    def slope(weight, bias):
+        """Largest derivative of the objective, in float64."""
+        weight, bias = (p.double().requires_grad_() for p in (weight, bias))
+        logits = x.double() @ weight + bias
+        loss = -logits.log_softmax(1)[torch.arange(60), y].sum() + (weight**2).sum() / 2
+        return max(g.abs().max().item() for g in torch.autograd.grad(loss, (weight, bias)))
+
+    assert slope(torch.zeros(8, 3), torch.zeros(3)) > 10
+    assert slope(weight, bias) < 0.01
+
+
+@pytest.fixture
+def clusters():
+    """Features and classes of 60 images to train on, and of 40 others, of unequal classes."""
+    centres = 1.5 * randn(3, 6)
+    y = torch.arange(3).repeat(20)
+    val_y = torch.arange(3).repeat_interleave(torch.tensor([25, 10, 5]))
+    x = 7 + torch.arange(1, 7) * (centres[y] + randn(60, 6, seed=1))  # not standardised
+    val_x = 7 + torch.arange(1, 7) * (centres[val_y] + randn(40, 6, seed=2))
+    return x, y, val_x, val_y
+
+
+def test_few_shots_are_mean_and_deviation_of_ten_draws_of_logistic_regression_and_1_nn(clusters):
+    x, y, val_x, val_y = clusters
+    few = probe.few_shots(x, y, val_x, val_y, 3, protocol(shots=[2, 5]))
+    assert list(few) == ["2", "5"]
+    scaled, val_scaled = ((z - x.mean(0)) / x.std(0) for z in (x, val_x))
+    for shots, figures in few.items():
+        for draw in range(10):
+            picked = probe.draw_shots(y, int(shots), common.generator(4, "shots", draw))
+            weight, bias = probe.logistic_regression(scaled[picked], y[picked], 3)
+            nearest = cosines(val_x, x[picked]).argmax(1)
+            answers = {"linear": (val_scaled @ weight + bias).argmax(1), "nn": y[picked][nearest]}
+            for name, answer in answers.items():
+                assert figures[name]["draws"][draw] == probe.accuracy(answer, val_y)
+                balanced = probe.balanced_accuracy(answer, val_y)
+                assert figures[f"balanced_{name}"]["draws"][draw] == balanced
+        for figure in figures.values():
+            assert len(figure["draws"]) == 10
+            assert figure["mean"] == pytest.approx(np.mean(figure["draws"]))
+            assert figure["std"] == pytest.approx(np.std(figure["draws"], ddof=1))
+            assert figure["std"] > 0
+    assert few["5"]["linear"]["mean"] > few["2"]["linear"]["mean"] + 3
+    assert few["2"]["nn"]["mean"] > 50  # by chance 33
+
+
+def test_heads_on_few_labels_take_seconds():
+    y = torch.arange(10).repeat(100)
+    x = randn(1000, 384)
+    began = common.now()
+    probe.few_shots(x, y, x, y, 10, protocol(shots=[5, 10, 20, 50]))
+    assert common.now() - began < 60  # about 5 on one core
 
 
 # ==== features ====================================================================================
@@ -475,6 +571,9 @@ def test_result_of_weights_has_every_figure_and_the_hash_of_the_file(small, weig
     (["--run", "RUN", "--denoiser", "DIR"], "no effect without --denoised"),
     (["--run", "RUN", "--resize", "16"], "--resize 16: must be at least --img_size 32"),
     (["--run", "RUN", "--tile", "32"], "unrecognized arguments: --tile 32"),
+    (["--run", "RUN", "--shots", "5,0"], "--shots: must be whole numbers from 1"),
+    (["--run", "RUN", "--shots", "2.5"], "--shots: must be whole numbers from 1"),
+    (["--run", "RUN", "--shots", "few"], "--shots: invalid floats value: 'few'"),
 ])
 def test_flags_that_contradict_each_other_or_would_do_nothing_are_refused(flags, reason):
     with pytest.raises(UserError, match=reason):
@@ -545,7 +644,8 @@ class Stage:
 
     def accuracy(self, head, folder, source="noisy", **kw):
         """Top-1 on a folder of a head of linear_probe."""
-        return probe.accuracy(self.embed(folder, source, **kw), labels(folder), *head).item()
+        answers = probe.predict(self.embed(folder, source, **kw), *head)
+        return probe.accuracy(answers[:, 0], labels(folder))
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch(small):
@@ -571,7 +671,7 @@ def test_features_of_views_are_those_of_crop_views_in_the_order_of_the_images(sm
 
 
 def test_each_image_goes_through_the_backbone_once_per_view_and_test_noise(small, monkeypatch):
-    """Heads, k-NN and retrieval add none."""
+    """Heads, few labels, k-NN and retrieval add none."""
     seen, embed = [], probe.Backbone.embed
 
     def watched(self, crops):
@@ -579,7 +679,7 @@ def test_each_image_goes_through_the_backbone_once_per_view_and_test_noise(small
         return embed(self, crops)
 
     monkeypatch.setattr(probe.Backbone, "embed", watched)
-    probed(small.data, "--run", small.run, "--views", 2, *NOISE)
+    probed(small.data, "--run", small.run, "--views", 2, "--shots", "2,5", *NOISE)
     train, val = 36 * 3, 24 * 7  # val under each noise of the sweep, its own among them
     assert sum(seen) == train + val
 
@@ -603,10 +703,16 @@ def test_result_holds_every_figure_and_each_is_the_figure_of_its_features(small,
     for prefix, source in (("", "noisy"), ("clean_", "clean")):
         z = stage.embed(val, source)
         cls = z[:, 0]
-        assert result[f"{prefix}linear"] == probe.accuracy(z, val_y, *head).item()
+        linear = probe.predict(z, *head)[:, 0]
+        nearest = probe.knn(x[:, 0], y, cls, 3)
         assert result[f"{prefix}map"] == pytest.approx(plain_map(cls, val_y), rel=1e-3)
-        assert result[f"{prefix}knn"] == probe.knn(x[:, 0], y, cls, val_y, 3)
+        for name, score in (("", probe.accuracy), ("balanced_", probe.balanced_accuracy)):
+            assert result[f"{prefix}{name}linear"] == score(linear, val_y)
+            of_neighbours = {str(k): score(answers, val_y) for k, answers in nearest.items()}
+            assert result[f"{prefix}{name}knn"] == of_neighbours
     assert list(result["knn"]) == ["10", "20", "100", "200"]
+    assert result["class_sizes"] == [8, 8]
+    assert result["few_shots"] == {}  # without --shots
     assert result["map"] != pytest.approx(result["clean_map"], rel=2e-3)
     counts = [result[name] for name in ("classes", "train", "val")]
     assert counts == [3, 36, 24]
@@ -656,6 +762,41 @@ def test_head_is_chosen_without_val(small, result):
     other = probed("turned", "--run", small.run, *NOISE)
     assert other["chosen"] == result["chosen"]
     assert abs(other["linear"] - result["linear"]) > 20
+
+
+@pytest.fixture(scope="module")
+def unequal(small, tmp_path_factory):
+    """The images of small, but one emu alone to train on, and of dogs two in val."""
+    data = tmp_path_factory.mktemp("unequal") / "data"
+    shutil.copytree(small.data, data)
+    for i in range(1, 12):
+        (data / f"train/emu/{i}.png").unlink()
+    for i in range(2, 8):
+        (data / f"val/dog/{i}.png").unlink()
+    return data
+
+
+@pytest.mark.parametrize("what", ["run", "pixels"])
+def test_class_of_one_image_is_no_obstacle_and_gives_that_image_to_few_labels(
+        small, unequal, what, capsys):
+    source = ["--run", small.run] if what == "run" else ["--pixels"]
+    result = probed(unequal, *source, "--shots", "1,5")
+    assert np.isfinite(numbers(result)).all()
+    assert result["class_sizes"] == [2, 8]
+    assert result["linear"] != result["balanced_linear"]
+    assert list(result["few_shots"]) == ["1", "5"]
+    warned = "warning: --shots 5: 1 of 3 classes have fewer images, and give all of them\n"
+    assert capsys.readouterr().out == warned
+
+
+def test_few_shots_of_the_result_are_those_of_the_class_tokens_of_its_central_views(small):
+    result = probed(small.data, "--run", small.run, "--shots", "5,2", "--views", 1, *NOISE)
+    stage = Stage(small, *NOISE, "--shots", "2,5")
+    train, val = stage.folder("train"), stage.folder("val")
+    x, val_x = stage.embed(train)[:, 0], stage.embed(val)[:, 0]
+    expected = probe.few_shots(x, labels(train), val_x, labels(val), 3, stage.args)
+    assert result["few_shots"] == expected
+    assert list(expected) == ["2", "5"]
 
 
 def test_real_noise_has_neither_clean_figures_nor_sweep(small):
@@ -710,6 +851,17 @@ def test_result_of_another_backbone_is_made_again(again):
     assert again()
     assert common.read_json("out.json")["backbone"] != old["backbone"]
     assert not again()
+
+
+def test_result_gets_its_few_labels_later(again):
+    """Without --shots they stay what they are."""
+    before = common.read_json("out.json")
+    assert again("--shots", "2,5")
+    assert not again("--shots", "5,2")
+    after = common.read_json("out.json")
+    assert list(after["few_shots"]) == ["2", "5"]
+    for name in ("chosen", "linear", "knn", "map", "sweep"):
+        assert after[name] == before[name]
 
 
 def test_result_of_other_settings_is_not_overwritten(again, capsys):
@@ -868,11 +1020,11 @@ def test_check_takes_the_flags_of_the_data_alone(small, capsys, flag):
 @pytest.fixture(params=["check", "probe"])
 def said(small, request, capsys):
     """A function: what check, or the probe itself, says against the folder 'data'."""
-    def refuse():
+    def refuse(*more):
         flags = ["check", "--data", "data"]
         if request.param == "probe":
             flags = ["--data", "data", "--run", small.run, "--out", "out.json", *QUICK]
-        error = refused(capsys, *flags)
+        error = refused(capsys, *flags, *more)
         assert not Path("out.json").exists()
         return error
 
@@ -908,6 +1060,12 @@ def test_a_class_of_two_images_is_needed(small, said):
         link(f"data/train/{name}/0.png", small.data / "train" / name / "0.png")
     link("data/val", small.data / "val")
     assert "no class has two images" in said()
+
+
+def test_more_shots_than_any_class_has_images_are_refused(small, said):
+    link("data", small.data)
+    error = said("--shots", "5,13")
+    assert "--shots 13: no class in data/train has so many images; the largest has 12" in error
 
 
 def test_unfinished_runs_are_refused(small):
@@ -987,6 +1145,62 @@ def test_report_gives_mean_and_deviation_over_seeds(runs, result, capsys):
     stored = common.read_json("runs/results.json")
     seen = {name: r["linear"] for arm in stored.values() for name, r in arm.items()}
     assert seen == runs
+
+
+def header_of(text, start):
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+def test_report_shows_balanced_accuracy_where_classes_differ_in_size(runs, result):
+    assert call(probe, "report", "runs") == 0
+    text = Path("runs/results.md").read_text()
+    assert "balanced" not in text
+    for name in runs:
+        path = f"runs/probe/{name}.json"
+        unequal = common.read_json(path) | {"class_sizes": [2, 8], "balanced_linear": 44.25}
+        unequal["balanced_knn"]["20"] = 33.5
+        common.write_json(path, unequal)
+    assert call(probe, "report", "runs") == 0
+    text = Path("runs/results.md").read_text()
+    assert "| linear | linear, balanced | linear, clean val | 20-NN | 20-NN, balanced |" in text
+    figures, _ = table_rows(text)["noisy"]
+    assert figures[1:3] == ["51.5 ± 2.1", "44.2 ± 0.0"]
+    assert figures[5] == "33.5 ± 0.0"
+    assert "A class has 2 to 8 validation images" in text
+
+
+def test_report_leaves_out_columns_without_a_figure(runs):
+    """Real noise has no clean images."""
+    for name in runs:
+        path = f"runs/probe/{name}.json"
+        known = common.read_json(path)
+        for figure in ("clean_linear", "clean_map", "clean_knn", "cosine", "sweep"):
+            del known[figure]
+        common.write_json(path, known)
+    assert call(probe, "report", "runs") == 0
+    header = header_of(Path("runs/results.md").read_text(), "| arm ")
+    columns = "arm | seeds | linear | 20-NN | retrieval mAP | minutes | images/s | peak GB"
+    assert header == f"| {columns} |"
+
+
+def test_report_has_a_table_of_each_head_on_few_labels_over_draws_of_all_seeds(runs):
+    assert call(probe, "report", "runs") == 0
+    assert "labels a class" not in Path("runs/results.md").read_text()
+    for k, name in enumerate(("noisy-seed0", "noisy-seed1")):
+        path = f"runs/probe/{name}.json"
+        few = {}
+        for shots in ("5", "20"):
+            few[shots] = {"balanced_linear": {"draws": [60.0 + k, 62.0 + k]},
+                          "balanced_nn": {"draws": [30.0, 30.0 + 2 * k]}}
+        common.write_json(path, common.read_json(path) | {"few_shots": few})
+    assert call(probe, "report", "runs") == 0
+    text = Path("runs/results.md").read_text()
+    assert text.index("Logistic regression on so many labels a class") < text.index("Nearest neighbour on")
+    assert header_of(text, "| arm | 5 ") == "| arm | 5 | 20 |"
+    _, _, linear, nearest = table_rows(text)["noisy"]
+    assert linear == ["61.5 ± 1.3"] * 2  # of 60, 62, 61, 63
+    assert nearest == ["30.5 ± 1.0"] * 2
+    assert table_rows(text)["nct"][2:] == [["-", "-"]] * 2  # not probed on few labels
 
 
 def test_report_shows_four_pictures(runs):

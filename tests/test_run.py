@@ -98,6 +98,9 @@ BAD = [  # flags, what the error line says, what is wrong with the data
     ("--arms denoised --denoised mine", "--denoised mine: has no val/", without_val),
     ("--arms denoised --denoised mine", "mine: 1 of 20 denoised images are missing", lacking("val")),
     ("--arms nc --denoised mine", "mine: 1 of 40 denoised images are missing", lacking("train")),
+    ("--shots few", "--shots: invalid floats value: 'few'"),
+    ("--shots 5", "--shots 5: no class in data/train has so many images; the largest has 4"),
+    ("--shots 2", "--shots 2: has no effect without train/<class>/ and val/<class>/ in data", flat),
     ("-- --epochs 3 --seed 1", f"-- --seed: {FROM_RUN_TO_RUN}"),
     ("-- --source=clean", f"-- --source=clean: {FROM_RUN_TO_RUN}"),
     ("-- --stop 3", f"-- --stop: {FROM_RUN_TO_RUN}"),
@@ -500,6 +503,15 @@ def test_flags_after_the_dashes_win_over_those_of_the_noisy_phase(tmp_path):
     ran = stages(tmp_path, "tiny", "--arms", "nc", "--", "--warmup_epochs", "0.5")
     nc = [flags for _, script, flags in ran if script == "pretrain.py"][-1]
     assert nc["--warmup_epochs"] == "0.5"
+
+
+def test_every_probe_and_the_check_of_labels_get_the_shots(tmp_path):
+    ran = stages(tmp_path, "tiny", "--arms", "noisy denoised", "--shots", "5,10")
+    probed = [flags for _, script, flags in ran if script == "probe.py"]
+    assert [flags["--shots"] for flags in probed] == ["5,10"] * 4  # two arms, pixels of each
+    labels, _ = map(parse, called(tmp_path)[0])
+    assert labels[1:] == ("probe.py check", {"--data": "data", "--noise": "gauss50",
+                                             "--preset": "tiny", "--shots": "5,10"})
 
 
 @pytest.mark.parametrize("zero", ["0", "0.0"])
