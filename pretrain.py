@@ -77,6 +77,7 @@ FLAGS = {
         "local_crops": (8, "number of local crops"),
         "global_scale": ([0.32, 1.0], "area of a global crop, as a part of the image"),
         "local_scale": ([0.05, 0.32], "area of a local crop"),
+        "rotate": (False, "also random quarter turns: for images without an up (cells, stars, radar, satellites)"),
     },
     "optimiser": {
         "batch_size": (64, "images a step over all processes"),
@@ -288,10 +289,12 @@ def make_batch(args, folder, sources, mine, epoch, step, indices):
         blur_p, solarize_p = {0: (1.0, 0.0), 1: (0.1, 0.2)}.get(view, (0.5, 0.0))
         for copies, rng in zip(images, rngs, strict=True):
             box, flip = c.draw_box(*copies[0].shape[1:], scale, rng), rng.random() < 0.5
+            turns = rng.randrange(4) if args.rotate else 0  # with mirror images: all symmetries of a square
             numbers = c.draw_color(rng, folder.channels == 3, blur_p, solarize_p)
             batch[f"{kind}_color"].append(torch.tensor(numbers))
             for source, image in zip(cut_sources, copies, strict=False):  # local: the student's alone
-                batch[f"{source}_{kind}"].append(c.cut(image, box, flip, size))
+                crop = c.cut(image, box, flip, size)
+                batch[f"{source}_{kind}"].append(crop.rot90(turns, (1, 2)))
     side = args.global_size // args.patch_size
     masks = c.draw_masks(2 * len(indices), side, side, random.Random(f"{key}:masks:{step}"))
     masks = masks.unflatten(0, (2, -1))[:, mine].flatten(0, 1)  # of the global batch, this process's

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -1131,9 +1132,9 @@ def test_each_source_is_cut_from_its_own_images(images, monkeypatch):
                 assert torch.equal(crop, image)
 
 
-def paired_crops(data, denoised):
+def paired_crops(data, denoised, *flags):
     """Crops of four images as a run with an anchor gets them."""
-    args = config("--data", data, "--denoised", denoised, "--anchor", 1, "--init", "unused")
+    args = config("--data", data, "--denoised", denoised, "--anchor", 1, "--init", "unused", *flags)
     folder = common.Folder(data, denoised=denoised)
     sources = ["noisy", "denoised"]
     batch = pretrain.make_batch(args, folder, sources, slice(None), 0, 0, [0, 1, 2, 3])
@@ -1153,6 +1154,38 @@ def test_anchor_crops_are_the_noisy_ones_cut_from_the_denoised_images(images, tm
     black = paired_crops(images.data, tmp_path)
     assert not differences(black["noisy"], same["noisy"])
     torch.testing.assert_close(black["denoised"][0], torch.full((8, 3, 32, 32), -0.5))
+
+
+def symmetries(images, monkeypatch, *flags):
+    """How often each symmetry of the square comes in the crops of 50 epochs: {its corners: number}."""
+    square = torch.tensor([[[0, 1], [2, 3]]])
+    monkeypatch.setattr(common, "cut", lambda image, box, flip, size: square.flip(-1) if flip else square)
+    found = Counter()
+    for epoch in range(50):
+        batch = draw(images, *flags, epoch=epoch)
+        for crop in (*batch["noisy_global"], *batch["noisy_local"]):
+            found[tuple(crop.flatten().tolist())] += 1
+    return found
+
+
+def test_crops_are_mirrored_and_with_rotate_turned_as_often_into_each_of_eight_symmetries(
+        images, monkeypatch):
+    assert set(symmetries(images, monkeypatch)) == {(0, 1, 2, 3), (1, 0, 3, 2)}
+    found = symmetries(images, monkeypatch, "--rotate")
+    corners = {(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0), (1, 3, 0, 2)}  # turned
+    corners |= {(b, a, d, c) for a, b, c, d in corners}  # and mirrored
+    assert set(found) == corners
+    crops = found.total()
+    error = math.sqrt(crops * 1 / 8 * 7 / 8)
+    for number in found.values():
+        assert abs(number - crops / 8) < 4 * error
+
+
+def test_rotated_crops_of_an_image_are_turned_alike_for_the_anchor(images):
+    same = paired_crops(images.data, images.data, "--rotate")
+    assert torch.equal(same["noisy"][0], same["denoised"][0])
+    plain = paired_crops(images.data, images.data)
+    assert not torch.equal(same["noisy"][0], plain["noisy"][0])
 
 
 def test_crops_are_normalised_after_their_colours():

@@ -351,8 +351,8 @@ def parse(line):
     launch, name, rest = words[:script], words[script], words[script + 1:]
     while rest and not rest[0].startswith("--"):  # a command such as train
         name = f"{name} {rest.pop(0)}"
-    if "--pixels" in rest:  # the one flag without a value
-        rest.insert(rest.index("--pixels") + 1, "")
+    for flag in {"--pixels", "--rotate"} & {*rest}:  # which have no value
+        rest.insert(rest.index(flag) + 1, "")
     return launch, name, dict(zip(rest[::2], rest[1::2], strict=True))
 
 
@@ -483,7 +483,7 @@ def test_flags_after_the_dashes_reach_the_runs_that_they_are_for(tmp_path):
     """--epochs and --switch shape the arms, --anchor... is nct's, --init_backbone of the runs that
     begin with random weights, the rest for all."""
     more = str.split("--denoised mine -- --lr 0.1 --epochs=9 --switch 3 --anchor 2 --anchor_head "
-                     "live --anchor_from=teacher.pth --init_backbone vit.pth --amp off")
+                     "live --anchor_from=teacher.pth --rotate --init_backbone vit.pth --amp off")
     ran = stages(tmp_path, "tiny", "--arms", "random noisy nc nct clean", *more)
     expected = plan("""
         denoised> --source denoised --denoised mine --epochs 9 --stop 3 --init_backbone vit.pth
@@ -495,7 +495,7 @@ def test_flags_after_the_dashes_reach_the_runs_that_they_are_for(tmp_path):
  --warmup_epochs 1 --denoised mine --anchor 2 --anchor_head live --anchor_from teacher.pth
         clean> --source clean --epochs 9 --init_backbone vit.pth""", "tiny")
     for _, _, flags in expected:
-        flags |= {"--lr": "0.1", "--amp": "off"}
+        flags |= {"--lr": "0.1", "--rotate": "", "--amp": "off"}
     assert [stage for stage in ran if stage[1] == "pretrain.py"] == expected
 
 
