@@ -244,7 +244,7 @@ def parallel(function, items, name, workers=None):
 
 
 class Folder:
-    """The images of one split; read(i, source) gives image i noisy, clean or denoised.
+    """The images of one split, of '' all; read(i, source) gives image i noisy, clean or denoised.
 
     data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
     noise. denoised: folder with the same relative paths, any suffix. channels: those of training,
@@ -255,7 +255,7 @@ class Folder:
         self.data, self.split, self.spec, self.seed = Path(data), split, spec, seed
         if not self.data.is_dir():
             raise UserError(f"--data {data}: no such folder")
-        root, prefix = self.data / split, f"{split}/"
+        root, prefix = self.data / split, f"{split}/" if split else ""
         if split == "train" and not root.is_dir():
             root, prefix = self.data, ""
             if (root / "val").is_dir():

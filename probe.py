@@ -5,16 +5,22 @@
     torchrun --nproc_per_node 8 -- probe.py ...   (each process embeds its share of the images)
     python probe.py check --data DIR              (labels and headers, before the long stages)
     python probe.py report runs/NAME              (results.md, results.json, four pictures)
+    python probe.py embed --run OUT/nct --data DIR --out FILE.npz     (features of any images)
 
 In: DIR/{train,val}/<class>/*, and a finished run of pretrain.py or a file of ViT weights: ours,
-DINOv2's, the paper's teacher checkpoints, timm's. Out: one JSON file. Labels are used here alone.
+DINOv2's, the paper's teacher checkpoints, timm's. Out: one JSON file. Labels are used here alone;
+embed needs none.
 """
 
 import hashlib
 import math
 import random
+import shutil
 import sys
+import tempfile
+import zipfile
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -31,39 +37,62 @@ SMALL = {"iterations": 2000, "img_size": 64, "resize": 64}
 PRESETS = {"demo": SMALL | {"iterations": 1000}, "tiny": SMALL,
            "small": SMALL | {"img_size": 128, "resize": 128},
            "imagenet100": {"views": 10}, "imagenet1k": {"views": 4}}
-PROBE_FLAGS = {
+BACKBONE_FLAGS = {
     "run": ("", "folder of a finished run: backbone.pth, config.json, summary.json"),
-    "pixels": (False, "instead of --run: averaged pixels as features, what pretraining must beat"),
     "weights": ("", "instead of --run: a file of ViT weights, whose shapes tell the architecture"),
     "heads": (0, "with --weights: attention heads; 0: as usual for the width"),
     "mean": ([], "with --weights: of its normalisation; if not given, ImageNet's"),
     "std": ([], "with --weights: of its normalisation; if not given, ImageNet's"),
-    "denoised": ("", "probe on these denoised images instead of the noisy ones (arm denoised)"),
-    "denoiser": ("", "with --denoised: what clean and other test images go through"),
-    "seed": (0, "of held-out images, heads and views"),
     "img_size": (224, "pixels that the backbone sees"),
     "resize": (256, "short side before the central crop of --img_size"),
+}
+PROBE_FLAGS = {
+    "pixels": (False, "instead of --run: averaged pixels as features, what pretraining must beat"),
+    "denoised": ("", "probe on these denoised images instead of the noisy ones (arm denoised)"),
+    "denoiser": ("", "with --denoised: what clean and other test images go through"),
+    "seed": (0, "of held-out images, heads, views and the draws of --shots"),
     "views": (0, "randomly cropped views of each training image besides the central one"),
     "iterations": (12500, "steps of the linear heads"),
     "batch_size": (128, "of the linear heads"),
     "shots": ([], "also heads on so few labels a class, as 5,10,20,50"),
 }
-GROUPS = {"data": c.DATA_FLAGS, "probe": PROBE_FLAGS, "running": c.RUNNING_FLAGS}
+EMBED_FLAGS = {"patches": (False, "also every patch token: 196 times as much at 224 pixels, patches of 16")}
+GROUPS = {"data": c.DATA_FLAGS, "backbone": BACKBONE_FLAGS, "probe": PROBE_FLAGS, "running": c.RUNNING_FLAGS}
+EMBED_GROUPS = {"data": c.DATA_FLAGS, "backbone": BACKBONE_FLAGS, "embed": EMBED_FLAGS, "running": c.RUNNING_FLAGS}
 CHECK_GROUPS = {"data": c.DATA_FLAGS, "probe": {"shots": PROBE_FLAGS["shots"]}}
+SOURCES = {"run": "--run, a folder of pretrain.py", "weights": "--weights, a file of ViT weights",
+           "pixels": "--pixels"}
 
 
 def read_config(argv):
     args = c.read_flags(argv, __doc__, PRESETS, GROUPS, positive=("iterations", "batch_size", "img_size"))
-    if [bool(args.run), bool(args.weights), args.pixels].count(True) != 1:
-        raise UserError("give --run, a folder of pretrain.py, or --weights, a file of ViT weights, or --pixels")
-    if not args.weights and (args.heads or args.mean or args.std):
-        raise UserError("--heads, --mean, --std: are for --weights; a run has its own")
+    check_backbone(args)
     if args.denoiser and not args.denoised:
         raise UserError("--denoiser: has no effect without --denoised")
-    if args.resize < args.img_size:
-        raise UserError(f"--resize {args.resize}: must be at least --img_size {args.img_size}")
     args.shots = whole_shots(args.shots)
     return args
+
+
+def read_embed_config(argv):
+    """The flags of embed. Where --preset is not given it is that of the run; of --weights, imagenet100."""
+    args = c.read_flags(argv, __doc__, PRESETS, EMBED_GROUPS)
+    preset = "imagenet100"
+    if args.run:
+        preset = c.read_json(f"{args.run}/config.json", {"preset"})["preset"]
+    args = c.read_flags(["--preset", preset, *argv], __doc__, PRESETS, EMBED_GROUPS, positive=("img_size",))
+    check_backbone(args)
+    return args
+
+
+def check_backbone(args):
+    """Raises UserError where the flags of the backbone contradict each other."""
+    sources = [name for name in SOURCES if name in args]
+    if sum(bool(getattr(args, name)) for name in sources) != 1:
+        raise UserError(f"give {', or '.join(SOURCES[name] for name in sources)}")
+    if not args.weights and (args.heads or args.mean or args.std):
+        raise UserError("--heads, --mean, --std: are for --weights; a run has its own")
+    if args.resize < args.img_size:
+        raise UserError(f"--resize {args.resize}: must be at least --img_size {args.img_size}")
 
 
 def whole_shots(shots):
@@ -104,6 +133,13 @@ class Backbone:
         tokens += tokens[-1:] * (4 - len(tokens))
         return torch.stack([*tokens, layers[0]["patches"].mean(1)], 1).float()
 
+    def tokens(self, crops):
+        """uint8 crops (B, C, S, S) to (B, 2 + N, D) float32, of the last block: the class token, the
+        mean patch token, all patch tokens."""
+        last = self.last_layers(crops, 1)[0]
+        patches = last["patches"]
+        return torch.cat([last["cls"][:, None], patches.mean(1, keepdim=True), patches], 1).float()
+
 
 class Pixels:
     """In place of a backbone: area-averaged pixels, standardised. What pretraining must beat."""
@@ -125,8 +161,11 @@ class Pixels:
 
 def load_backbone(args, device):
     """The backbone of --run or --weights, or --pixels. Raises UserError."""
-    if args.pixels:
-        return Pixels(args)
+    return Pixels(args) if args.pixels else load_vit(args, device)
+
+
+def load_vit(args, device):
+    """The backbone of --run or --weights. Raises UserError."""
     if args.run:
         backbone = load_run(args.run, device)
     else:
@@ -167,7 +206,7 @@ def central_crop(image, resize, size):
 def crop_views(args, image, views, path):
     """The central crop of an image and random views of it: uint8 (1 + views, C, S, S)."""
     crops = [central_crop(image, args.resize, args.img_size)]
-    rng = random.Random(f"{args.seed}:{path}")
+    rng = random.Random(f"{args.seed}:{path}") if views else None
     for _ in range(views):
         box = c.draw_box(*image.shape[1:], (0.08, 1), rng)
         crops.append(c.cut(image, box, rng.random() < 0.5, args.img_size))
@@ -177,6 +216,16 @@ def crop_views(args, image, views, path):
 def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None):
     """Features of every image in order, (1 + views, N, 5, D), on the first process; None on the
     others. denoiser: a model that the images go through first."""
+    features = []
+    for block in embed_blocks(args, backbone.embed, folder, source, device, views, denoiser):
+        if c.world()[0] == 0:
+            features.append(block)
+    return torch.cat(features, 1) if features else None
+
+
+def embed_blocks(args, embed, folder, source, device, views=0, denoiser=None):
+    """Yield embed(crops), which is (B, tokens, D), of all images in order: blocks (1 + views, up to
+    CHUNK, tokens, D). Each process embeds its share, and gets the blocks of all."""
     rank, size = c.world()
     context, _ = c.autocast(device, args.amp)
 
@@ -193,17 +242,62 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
     mine = chunks[rank::size]
     made = c.prefetch(read, mine, torch.device("cpu"), args.workers)
     bar = tqdm(made, f"embed {folder.split} {folder.spec}", len(mine), leave=False, disable=rank > 0 or None)
-    features = []
+    left = len(folder)
     for chunk, batch in zip(mine, bar, strict=True):
         if denoiser:
             batch = crop(chunk, denoise.denoise_list(denoiser, batch, device, context=context))
         with context():
-            embedded = torch.stack([backbone.embed(view.to(device)) for view in batch]).cpu()
-        block = F.pad(embedded, (0, 0, 0, 0, 0, CHUNK - len(chunk)))  # (1 + views, CHUNK, 5, D)
-        blocks = c.gather_rows(block[None])  # of all processes
-        if rank == 0:
-            features += blocks
-    return torch.cat(features, 1)[:, :len(folder)] if features else None
+            embedded = torch.stack([embed(view.to(device)) for view in batch]).cpu()
+        block = F.pad(embedded, (0, 0, 0, 0, 0, CHUNK - len(chunk)))  # (1 + views, CHUNK, tokens, D)
+        for part in c.gather_rows(block[None]):  # of all processes
+            if left > 0:
+                yield part[:, :left]
+            left -= CHUNK
+
+
+# ==== embed: the features of any images, without labels ===========================================
+def write_embeddings(args, device):
+    """Write --out, an .npz file: paths (N,), cls (N, D) and patch_mean (N, D), float32; with --patches
+    also patches (N, patches, D). Features go to nameless files as they come, then into the .npz:
+    memory stays flat, and what a killed process leaves never has the final name."""
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out}: exists; move it away, or name another --out")
+    backbone = load_vit(args, device)
+    folder = c.Folder(args.data, "", args.noise, args.noise_seed, channels=backbone.channels)
+    parts = {"cls": 0, "patch_mean": 1}
+    if args.patches:
+        parts["patches"] = slice(2, None)
+
+    def wanted(crops):
+        tokens = backbone.tokens(crops)
+        return tokens if args.patches else tokens[:, :2]
+
+    first = c.world()[0] == 0  # the process that writes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(tempfile.TemporaryFile(dir=out.parent)) for name in parts}
+        for block in embed_blocks(args, wanted, folder, "noisy", device):
+            arrays = {name: block[0, :, part].numpy() for name, part in parts.items()}
+            for name, array in arrays.items() if first else ():
+                files[name].write(array.tobytes())
+        shapes = {name: (len(folder), *array.shape[1:]) for name, array in arrays.items()}
+        if first:
+            c.write_atomic(out, lambda file: write_npz(file, folder.paths, files, shapes))
+    c.say(f"{out}: {', '.join(['paths', *parts])} of {len(folder)} images")
+
+
+def write_npz(file, paths, files, shapes):
+    """What numpy.savez would write, of float32 values that are in files."""
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("paths.npy", "w") as member:
+            np.lib.format.write_array(member, np.array(paths))
+        for name, values in files.items():
+            header = {"descr": "<f4", "fortran_order": False, "shape": shapes[name]}
+            values.seek(0)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                shutil.copyfileobj(values, member)
 
 
 # ==== linear probe: the heads of DINOv2's protocol ================================================
@@ -730,6 +824,9 @@ def main():
             report(Path(folder))
         case ["report", *_]:
             raise UserError("usage: python probe.py report runs/NAME")
+        case ["embed", *flags]:
+            args = read_embed_config(flags)
+            write_embeddings(args, c.setup(args.device))
         case ["check", *flags]:
             check(c.read_flags([*flags, "--out", "none"], __doc__, PRESETS, CHECK_GROUPS))
         case flags:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,8 @@ from common import UserError
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PLAIN = ["--workers", "0", "--device", "cpu"]
-QUICK = [*PLAIN, "--img_size", "32", "--resize", "32", "--iterations", "20"]
+SIZE = ["--img_size", "32", "--resize", "32"]
+QUICK = [*PLAIN, *SIZE, "--iterations", "20"]
 NOISE = ["--noise", "gauss50"]
 
 
@@ -1003,6 +1005,127 @@ def test_pixels_of_denoised_images_are_read_from_them(small, cleaned):
     noisy = probe.load_backbone(probe_args(small.data, "--pixels", *NOISE), CPU)
     denoised = probe_args(small.data, "--pixels", *NOISE, "--denoised", cleaned.copy)
     assert (probe.load_backbone(denoised, CPU).std < noisy.std).double().mean() > 0.9
+
+
+# ==== embed =======================================================================================
+def embedded(*flags):
+    """What probe.py embed writes."""
+    flags = [*flags, "--out", "out.npz", *PLAIN]
+    assert call(probe, "embed", *flags) == 0
+    with np.load("out.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_embeddings_are_the_features_of_all_images_of_the_folder_by_their_paths(small, patches):
+    """With the noise that the other stages give each image."""
+    flags = ["--patches"] if patches else []
+    got = embedded("--run", small.run, "--data", small.data, *NOISE, *SIZE, *flags)
+    stage = Stage(small, *NOISE)
+    train, val = stage.folder("train"), stage.folder("val")
+    assert got["paths"].tolist() == [*train.paths, *val.paths]
+    tokens = torch.cat([stage.embed(train), stage.embed(val)])
+    assert got["cls"].dtype == got["patch_mean"].dtype == np.float32
+    assert np.array_equal(got["cls"], tokens[:, 0])
+    assert np.array_equal(got["patch_mean"], tokens[:, 4])
+    assert ("patches" in got) == patches
+    if patches:
+        assert got["patches"].shape == (60, 16, 16)
+        crop = probe.central_crop(val.read(5), 32, 32)
+        expected = stage.backbone.last_layers(crop[None], 1)[0]["patches"][0]
+        np.testing.assert_allclose(got["patches"][36 + 5], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_embed_any_folder_without_labels_grey_images_among_it(weights):
+    file, vit = weights
+    colour, grey = random_bytes(40, 50, 3).numpy(), random_bytes(32, 32, seed=1).numpy()
+    save("any/2.png", colour)
+    save("any/val/deep/er/ü 1.png", grey)  # no train/ is needed
+    got = embedded("--weights", file, "--heads", 2, "--data", "any", *SIZE)
+    assert got["paths"].tolist() == ["2.png", "val/deep/er/ü 1.png"]
+    images = [torch.from_numpy(colour).permute(2, 0, 1), torch.from_numpy(grey).expand(3, 32, 32)]
+    crops = torch.stack([probe.central_crop(x, 32, 32) for x in images])
+    expected = backbone_of(vit, *IMAGENET).embed(crops)[:, 0]
+    np.testing.assert_allclose(got["cls"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "sizes"), [
+    (["--run", "large"], (224, 256)), (["--run", "small"], (64, 64)), (["--weights", "file"], (224, 256)),
+    (["--run", "large", "--preset", "tiny"], (64, 64)), (["--weights", "file", "--preset", "demo"], (64, 64)),
+    (["--run", "large", "--img_size", "96"], (96, 256))])
+def test_images_are_embedded_at_the_size_of_the_runs_preset_unless_flags_say_otherwise(flags, sizes):
+    common.write_json("large/config.json", {"preset": "imagenet100"})
+    common.write_json("small/config.json", {"preset": "tiny"})
+    args = probe.read_embed_config([*flags, "--data", "data", "--out", "out.npz"])
+    assert (args.img_size, args.resize) == sizes
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    ([], "give --run, a folder of pretrain.py, or --weights, a file of ViT weights\n"),
+    (["--run", "RUN", "--weights", "FILE"], "give --run"),
+    (["--run", "RUN", "--heads", "2"], "a run has its own"),
+    (["--run", "RUN", "--resize", "16"], "--resize 16: must be at least --img_size 64"),
+    (["--run", "RUN", "--denoised", "DIR"], "unrecognized arguments: --denoised DIR"),
+    (["--run", "RUN", "--pixels"], "unrecognized arguments: --pixels"),
+    (["--run", "RUN", "--views", "2"], "unrecognized arguments: --views 2"),
+    (["--run", "nowhere"], "nowhere/config.json: cannot be read"),
+    (["--run", "RUN", "--data", "gone"], "--data gone: no such folder"),
+])
+def test_embed_refuses_flags_that_contradict_each_other_or_would_do_nothing(
+        small, capsys, flags, reason):
+    flags = [small.run if flag == "RUN" else flag for flag in flags]
+    assert reason in refused(capsys, "embed", "--data", small.data, "--out", "out.npz", *flags)
+    assert not list(Path().iterdir())
+
+
+def test_embeddings_that_are_there_are_not_overwritten(small, capsys):
+    Path("out.npz").write_text("kept")
+    flags = ["--run", small.run, "--data", small.data, "--out", "out.npz"]
+    assert "out.npz: exists; move it away" in refused(capsys, "embed", *flags)
+    assert Path("out.npz").read_text() == "kept"
+
+
+def test_embedding_that_fails_leaves_nothing_behind(small, capsys):
+    """The last image is damaged where its header does not show it."""
+    shutil.copytree(small.data, "data")
+    path = Path("data/val/emu/7.png")
+    damaged = bytearray(path.read_bytes())
+    damaged[60:1500] = bytes(1440)
+    path.write_bytes(damaged)
+    Path("out").mkdir()
+    error = refused(capsys, "embed", "--run", small.run, "--data", "data", "--out", "out/x.npz", *PLAIN)
+    assert "val/emu/7.png: not a readable image" in error
+    assert not list(Path("out").iterdir())
+
+
+GREEDY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import common, probe
+sys.argv = ["probe.py", "embed", *{flags!r}]
+probe.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_memory_of_embedding_does_not_grow_with_the_number_of_images():
+    """Patch tokens of 1,920 images are 252 MB, those of 640 a third."""
+    torch.manual_seed(0)
+    vit = common.VisionTransformer(32, 2, 3, 128, 1, 2)
+    torch.save(vit.state_dict(), "vit.pth")
+    image = random_bytes(32, 32, 3).numpy()
+    save("1.png", image)
+    megabytes = []
+    for n in (640, 1920):
+        for i in range(n):
+            link(f"data{n}/{i}.png", Path("1.png").resolve())
+        flags = ["--weights", "vit.pth", "--heads", "2", "--data", f"data{n}", *SIZE, *PLAIN,
+                 "--out", f"{n}.npz", "--patches"]
+        script = GREEDY.format(root=str(Path(probe.__file__).parent), flags=flags)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        megabytes.append(float(done.stdout.split()[-1]))
+    assert Path("1920.npz").stat().st_size > 250e6
+    assert megabytes[1] < megabytes[0] + 60
 
 
 # ==== check, bad input ============================================================================
