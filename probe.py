@@ -3,7 +3,7 @@
     python probe.py --preset tiny --data DIR --noise gauss100 --run OUT/nct --out OUT/nct.json
     python probe.py --preset imagenet1k --data DIR --noise gauss255 --weights FILE --out FILE.json
     torchrun --nproc_per_node 8 -- probe.py ...   (each process embeds its share of the images)
-    python probe.py check --data DIR              (labels and headers, before the long stages)
+    python probe.py check --data DIR              (labels and headers; exit code 3: no labels)
     python probe.py report runs/NAME              (results.md, results.json, four pictures)
     python probe.py embed --run OUT/nct --data DIR --out FILE.npz     (features of any images)
 
@@ -56,9 +56,10 @@ PROBE_FLAGS = {
     "batch_size": (128, "of the linear heads"),
     "shots": ([], "also heads on so few labels a class, as 5,10,20,50"),
 }
-EMBED_FLAGS = {"patches": (False, "also every patch token: 196 times as much at 224 pixels, patches of 16")}
-GROUPS = {"data": c.DATA_FLAGS, "backbone": BACKBONE_FLAGS, "probe": PROBE_FLAGS, "running": c.RUNNING_FLAGS}
-EMBED_GROUPS = {"data": c.DATA_FLAGS, "backbone": BACKBONE_FLAGS, "embed": EMBED_FLAGS, "running": c.RUNNING_FLAGS}
+EMBED_FLAGS = {"patches": (False, "also every patch token: at 224 pixels 196 times as much")}
+SHARED = {"data": c.DATA_FLAGS, "backbone": BACKBONE_FLAGS, "running": c.RUNNING_FLAGS}
+GROUPS = SHARED | {"probe": PROBE_FLAGS}
+EMBED_GROUPS = SHARED | {"embed": EMBED_FLAGS}
 CHECK_GROUPS = {"data": c.DATA_FLAGS, "probe": {"shots": PROBE_FLAGS["shots"]}}
 SOURCES = {"run": "--run, a folder of pretrain.py", "weights": "--weights, a file of ViT weights",
            "pixels": "--pixels"}
@@ -74,12 +75,13 @@ def read_config(argv):
 
 
 def read_embed_config(argv):
-    """The flags of embed. Where --preset is not given it is that of the run; of --weights, imagenet100."""
+    """The flags of embed. --preset is by default that of the run; of --weights, imagenet100."""
     args = c.read_flags(argv, __doc__, PRESETS, EMBED_GROUPS)
     preset = "imagenet100"
     if args.run:
         preset = c.read_json(f"{args.run}/config.json", {"preset"})["preset"]
-    args = c.read_flags(["--preset", preset, *argv], __doc__, PRESETS, EMBED_GROUPS, positive=("img_size",))
+    argv = ["--preset", preset, *argv]
+    args = c.read_flags(argv, __doc__, PRESETS, EMBED_GROUPS, positive=("img_size",))
     check_backbone(args)
     return args
 
@@ -134,8 +136,8 @@ class Backbone:
         return torch.stack([*tokens, layers[0]["patches"].mean(1)], 1).float()
 
     def tokens(self, crops):
-        """uint8 crops (B, C, S, S) to (B, 2 + N, D) float32, of the last block: the class token, the
-        mean patch token, all patch tokens."""
+        """uint8 crops (B, C, S, S) to (B, 2 + N, D) float32, of the last block: the class token,
+        the mean patch token, all patch tokens."""
         last = self.last_layers(crops, 1)[0]
         patches = last["patches"]
         return torch.cat([last["cls"][:, None], patches.mean(1, keepdim=True), patches], 1).float()
@@ -257,9 +259,10 @@ def embed_blocks(args, embed, folder, source, device, views=0, denoiser=None):
 
 # ==== embed: the features of any images, without labels ===========================================
 def write_embeddings(args, device):
-    """Write --out, an .npz file: paths (N,), cls (N, D) and patch_mean (N, D), float32; with --patches
-    also patches (N, patches, D). Features go to nameless files as they come, then into the .npz:
-    memory stays flat, and what a killed process leaves never has the final name."""
+    """Write --out, an .npz file: paths (N,), cls (N, D) and patch_mean (N, D), float32; with
+    --patches also patches (N, patches, D). Features go to nameless files as they come, then into
+    the .npz: memory stays flat, and a killed process leaves nothing under the final name. Raises
+    UserError."""
     out = Path(args.out)
     if out.exists():
         raise UserError(f"{out}: exists; move it away, or name another --out")
@@ -444,9 +447,10 @@ def draw_shots(y, shots, rng):
     return torch.cat([order[y[order] == k][:shots] for k in y.unique()])
 
 
-def logistic_regression(x, y, classes):
+def logistic_regression(x, y, classes, device="cpu"):
     """Weight (D, classes) and bias (classes,) of least summed cross-entropy plus half the squared
     weights, scikit-learn's default; x (N, D) standardised features, y (N,)."""
+    x, y = x.to(device), y.to(device)
     weight = x.new_zeros(x.shape[1], classes, requires_grad=True)
     bias = x.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
@@ -459,45 +463,54 @@ def logistic_regression(x, y, classes):
         return value
 
     optimizer.step(loss)
-    return weight.detach(), bias.detach()
+    return weight.detach().cpu(), bias.detach().cpu()
 
 
 def few_shots(x, y, val_x, val_y, classes, args, device="cpu"):
-    """What so few labels a class are worth as --shots says: logistic regression and 1-NN on x (N, D),
-    tested on val_x (M, D). Nothing is chosen. A draw of more shots has those of fewer among its own.
+    """What --shots labels a class are worth: logistic regression and 1-NN on x (N, D), tested on
+    val_x (M, D). Nothing is chosen. A draw of more shots has those of fewer among its own.
 
-    Gives {shots: {figure: {"mean", "std", "draws"}}}, in %, of the figures linear, nn, balanced_linear
-    and balanced_nn."""
+    Gives {shots: {figure: {"mean", "std", "draws"}}} in %; figures: linear, nn, balanced_linear,
+    balanced_nn."""
     std, mean = torch.std_mean(x, 0)  # of all training images: that needs no labels
     scaled, val_scaled = ((z - mean) / std.clamp(min=1e-6) for z in (x, val_x))
     result = {}
     for shots in args.shots:
         small = (y.bincount() < shots).sum()
         if small:
-            c.say(f"warning: --shots {shots}: {small} of {classes} classes have fewer images, and give all of them")
+            c.say(f"warning: --shots {shots}: {small} of {classes} classes have fewer images, "
+                  "and give all of them")
         scores = defaultdict(list)
         for draw in range(DRAWS):
             picked = draw_shots(y, shots, c.generator(args.seed, "shots", draw))
-            labels = y[picked]
-            weight, bias = logistic_regression(scaled[picked].to(device), labels.to(device), classes)
-            linear = (val_scaled @ weight.cpu() + bias.cpu()).argmax(1)
-            nearest = knn(x[picked], labels, val_x, classes, (1,))[1]
+            weight, bias = logistic_regression(scaled[picked], y[picked], classes, device)
+            linear = (val_scaled @ weight + bias).argmax(1)
+            nearest = knn(x[picked], y[picked], val_x, classes, (1,))[1]
             for name, answers in {"linear": linear, "nn": nearest}.items():
                 scores[name].append(accuracy(answers, val_y))
                 scores[f"balanced_{name}"].append(balanced_accuracy(answers, val_y))
-        result[str(shots)] = {name: {"mean": np.mean(draws), "std": np.std(draws, ddof=1), "draws": draws}
-                              for name, draws in scores.items()}
+        result[str(shots)] = {}
+        for name, draws in scores.items():
+            mean, deviation = np.mean(draws), np.std(draws, ddof=1)
+            result[str(shots)][name] = {"mean": mean, "std": deviation, "draws": draws}
     return result
 
 
 # ==== all figures of one backbone =================================================================
+def has_labels(*folders):
+    """Whether images lie in folders of more than one class."""
+    paths = [path.split("/") for folder in folders for path in folder.paths]
+    return len({parts[1] for parts in paths if len(parts) > 2}) > 1
+
+
 def read_labels(train, val, shots=()):
-    """(number of classes, train labels (N,), val labels). Raises UserError where the class folders do
-    not agree, or no class has so many images."""
+    """(number of classes, train labels (N,), val labels). Raises UserError where the class folders
+    do not agree, or no class has so many images."""
     names, y = np.unique(train.labels(), return_inverse=True)
     val_names = val.labels()
     for name in np.setdiff1d(val_names, names):
-        raise UserError(f"{val.data}/val/{name}: class unknown to train; both need the same")
+        raise UserError(f"{val.data}/val/{name}: class unknown to train; both need the same; "
+                        "without labels, put all images right into train/ and val/")
     classes = len(names)
     if classes == len(y):
         raise UserError(f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth")
@@ -591,18 +604,24 @@ def evaluate(args, device, saved):
 COLORS = {"pixels": "#000000", "pixels_denoised": "#8c564b", "random": "#888888",
           "noisy": "#d62728", "nc": "#ff9f1c", "nct": "#2ca02c", "denoised": "#1f77b4",
           "clean": "#9467bd"}  # in the order of the table
+MONITORS = {"dino": "DINO loss", "ibot": "iBOT loss", "anchor_dino": "anchor loss (DINO part)",
+            "entropy": "teacher entropy, nats", "kl": "KL teacher to student", "rank": "effective rank"}
 COLUMNS = {"linear": "linear", "balanced_linear": "linear, balanced", "clean_linear": "linear, clean val",
            "knn20": "20-NN", "balanced_knn20": "20-NN, balanced", "map": "retrieval mAP",
-           "cosine": "cosine noisy-clean", "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
-DIGITS = {"cosine": 2, "peak_gb": 2}  # of other columns 1
+           "cosine": "cosine noisy-clean", **MONITORS,
+           "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
+DIGITS = dict.fromkeys(["cosine", "peak_gb", *MONITORS], 2)  # of other columns 1
 ABOUT = """{classes} classes, {train} training and {val} validation images, noise {config[noise]}, {pretrain[arch]}, \
 on {device}. Figures in %, on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is \
 selected on val. `pixels`: averaged pixels instead of features. `denoised` needs its denoiser at test time; `clean` is \
 tested on clean images."""
-BALANCED = """ A class has {class_sizes[0]} to {class_sizes[1]} validation images; balanced: the mean of the classes' \
-recalls."""
+BALANCED = """ A class has {class_sizes[0]} to {class_sizes[1]} validation images; balanced: the mean of \
+the classes' recalls."""
+UNLABELLED = """{pretrain[images]} training images without labels, noise {config[noise]}, {pretrain[arch]}, \
+on {device}. Losses and monitors at the end of training; mean ± standard deviation over seeds. They tell \
+a collapse, not what the features are worth."""
 FEW = {"balanced_linear": "Logistic regression", "balanced_nn": "Nearest neighbour"}
-FEW_LABELS = "{} on so many labels a class: balanced accuracy, mean ± standard deviation of {} draws, of each seed:"
+FEW_LABELS = "{} on so many labels a class: balanced accuracy, mean ± standard deviation over {} draws a seed:"
 
 
 def spread(values, digits=1):
@@ -620,30 +639,57 @@ def table(header, rows):
 
 
 def read_results(out):
-    """{arm: {ARM-seedK: result}} of out/probe, in the order of COLORS. Raises UserError."""
-    arms, trained = {arm: {} for arm in COLORS}, False
+    """{ARM-seedK: result} of out/probe, none where none is of a run. Raises UserError."""
+    results, trained = {}, False
     for path in sorted(out.glob("probe/*-seed*.json")):
         result = c.read_json(path, {"linear", "knn", "balanced_knn", "map", "few_shots", "classes",
                                     "class_sizes", "train", "val", "config"})
         figures = {"knn20": result["knn"]["20"], "balanced_knn20": result["balanced_knn"]["20"]}
         if "summary" in result:
             trained = True
-            figures |= {**result["summary"], "minutes": result["summary"]["seconds"] / 60}
+            figures |= cost(result["summary"])
         elif not result["config"].get("pixels"):
             print(f"warning: {path}: left out, it is of --weights, not of a run", file=sys.stderr)
             continue
-        arm, _, _ = path.stem.rpartition("-seed")
-        arms.setdefault(arm, {})[path.stem] = {**figures, **result}
-    arms = {arm: runs for arm, runs in arms.items() if runs}
-    if not trained:
-        raise UserError(f"{out}/probe: no results to report; run.sh makes them")
-    return arms
+        results[path.stem] = {**figures, **result}
+    return results if trained else {}
+
+
+def cost(summary):
+    """The figures of a run's summary.json."""
+    return {**summary, "minutes": summary["seconds"] / 60}
+
+
+def read_runs(out):
+    """{ARM-seedK: the last losses and monitors} of the finished runs in out/pretrain, of images
+    without labels. Raises UserError."""
+    results = {}
+    for path in sorted(out.glob("pretrain/*-seed*/summary.json")):
+        summary = c.read_json(path, {"epochs", "seconds", "device"})
+        config = c.read_json(path.with_name("config.json"), {"data", "noise", "noise_seed", "denoised",
+                                                             "epochs", "images", "channels", "arch"})
+        if summary["epochs"] < config["epochs"]:  # the first phase of nc and nct is no arm
+            continue
+        log = c.read_log(path.with_name("log.jsonl")) or [{}]
+        last = {key: log[-1].get(key) for key in MONITORS}
+        about = {"summary": summary, "pretrain": config, "config": config}
+        results[path.parent.name] = {**last, **cost(summary), **about}
+    return results
+
+
+def by_arm(results):
+    """{arm: {ARM-seedK: result}}, in the order of COLORS."""
+    arms = {arm: {} for arm in COLORS}
+    for name, result in results.items():
+        arm, _, _ = name.rpartition("-seed")
+        arms.setdefault(arm, {})[name] = result
+    return {arm: runs for arm, runs in arms.items() if runs}
 
 
 def shown_columns(results):
     """The columns of which there is a figure; balanced ones where val's classes differ in size."""
     keys = [key for key in COLUMNS if any(result.get(key) is not None for result in results)]
-    if all(len(set(result["class_sizes"])) == 1 for result in results):
+    if not any(len(set(result.get("class_sizes", []))) > 1 for result in results):
         keys = [key for key in keys if not key.startswith("balanced")]
     return keys
 
@@ -655,18 +701,22 @@ def few_shot_tables(arms):
         draws = {arm: defaultdict(list) for arm in arms}  # of each number of labels
         for arm, runs in arms.items():
             for result in runs.values():
-                for shots, figures in result["few_shots"].items():
+                for shots, figures in result.get("few_shots", {}).items():
                     draws[arm][int(shots)] += figures[name]["draws"]
         sizes = sorted(set().union(*draws.values()))
         rows = [[arm, *(spread(found[n]) for n in sizes)] for arm, found in draws.items()]
         if sizes:
-            text += [FEW_LABELS.format(title, DRAWS), "", *table(["arm", *map(str, sizes)], rows), ""]
+            header = ["arm", *map(str, sizes)]
+            text += [FEW_LABELS.format(title, DRAWS), "", *table(header, rows), ""]
     return text
 
 
 def report(out):
-    """results.md, results.json and four pictures from out/probe/ARM-seedK.json and out/pretrain."""
-    arms = read_results(out)
+    """results.md, results.json and four pictures from out/probe/ARM-seedK.json and out/pretrain; of
+    images without labels, which no probe has seen, from out/pretrain alone. Raises UserError."""
+    arms = by_arm(read_results(out) or read_runs(out))
+    if not arms:
+        raise UserError(f"{out}: no results to report; run.sh makes them")
     everything = [result for runs in arms.values() for result in runs.values()]
     columns = shown_columns(everything)
     rows, sweeps = [], []
@@ -683,7 +733,9 @@ def report(out):
             sweeps.append([arm, *cells])
     results = [result for result in everything if "pretrain" in result]
     results.sort(key=lambda result: "sweep" not in result)  # those of noisy images come first
-    about = ABOUT + BALANCED if "balanced_linear" in columns else ABOUT
+    about = ABOUT if "linear" in columns else UNLABELLED
+    if "balanced_linear" in columns:
+        about += BALANCED
     figures = table(["arm", "seeds", *(COLUMNS[key] for key in columns)], rows)
     text = [f"# {out.name}", "", about.format(**results[0]), "", *figures, ""]
     if sweeps:
@@ -700,10 +752,6 @@ def report(out):
 
 
 # ==== report: pictures ============================================================================
-PANELS = {"dino": "DINO loss", "ibot": "iBOT loss", "anchor_dino": "anchor loss (DINO part)",
-          "entropy": "teacher entropy, nats", "kl": "KL teacher to student", "rank": "effective rank"}
-
-
 def pictures(out, arms, results):
     """{name: picture or None}, of each arm's first seed; results: one on noisy images first."""
     robustness, curves = {}, {}
@@ -711,7 +759,7 @@ def pictures(out, arms, results):
         run = min(runs)
         robustness[arm] = [(p["strength"], p["linear"]) for p in runs[run].get("sweep", [])]
         log = c.read_log(f"{out}/pretrain/{run}/log.jsonl")
-        for key, title in PANELS.items():
+        for key, title in MONITORS.items():
             lines = curves.setdefault(f"{title} against step", {})
             lines[arm] = [(r["step"], r[key]) for r in log if key in r]
     made = {}
@@ -724,11 +772,14 @@ def pictures(out, arms, results):
 
 
 def sample_pictures(out, arms, results):
-    """Six val images, noisy, denoised and clean, and what the backbone of each arm makes of them."""
+    """Six val images, noisy, denoised and clean, and what the backbone of each arm makes of them;
+    training images where there are no others, or no denoised copies of them."""
     first = results[0]
     config, channels = first["config"], first["pretrain"]["channels"]
     copy = max(result["pretrain"]["denoised"] for result in results)  # "" where there is none
-    folder = c.Folder(config["data"], "val", config["noise"], config["noise_seed"], copy, channels)
+    has_val = [Path(root, "val").is_dir() for root in (config["data"], copy) if root]
+    split = "val" if all(has_val) else "train"
+    folder = c.Folder(config["data"], split, config["noise"], config["noise_seed"], copy, channels)
     images = {}
     for source, known in {"noisy": True, "denoised": copy, "clean": folder.spec != "none"}.items():
         if known:
@@ -828,16 +879,22 @@ def main():
             args = read_embed_config(flags)
             write_embeddings(args, c.setup(args.device))
         case ["check", *flags]:
-            check(c.read_flags([*flags, "--out", "none"], __doc__, PRESETS, CHECK_GROUPS))
+            return check(c.read_flags([*flags, "--out", "none"], __doc__, PRESETS, CHECK_GROUPS))
         case flags:
             probe(read_config(flags))
 
 
+NO_LABELS = 3  # exit code of check
+
+
 def check(args):
-    """Look at labels and images before the long stages."""
+    """Look at labels and images before the long stages. Gives the exit code. Raises UserError."""
     train = c.Folder(args.data, "train", args.noise)
     val = c.Folder(args.data, "val", args.noise, channels=train.channels)
+    if not has_labels(train, val):
+        return NO_LABELS
     read_labels(train, val, whole_shots(args.shots))
+    return 0
 
 
 def probe(args):

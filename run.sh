@@ -161,8 +161,8 @@ stage() {  # title, command: run it; or, while the stages are counted, only reme
   # for the estimate; a pretraining of seconds was complete already
   if [ "$kind" != pretraining ] || [ $((SECONDS - began)) -ge 5 ]; then printf -v "took_$kind" %s $((SECONDS - began)); fi
 }
-run() {
-  local code=0
+attempt() {  # a command; its exit code is in $code
+  code=0
   "$@" & child=$!
   [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true
   wait "$child" || code=$?
@@ -170,8 +170,8 @@ run() {
   while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
   child=''
   [ -z "$stopped" ] || exit 75
-  [ $code -eq 0 ] || exit $code
 }
+run() { attempt "$@"; [ $code -eq 0 ] || exit $code; }
 processes() {  # how the next stages are started
   launch=("$python")
   [ "$1" -eq 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$1" --)
@@ -237,16 +237,21 @@ all_stages() {
     fi
     for arm in $arms; do one_arm "$arm"; done
   done
-  [ -n "$probes" ] || return 0
-  probe_pixels pixels
-  ! uses denoised || probe_pixels pixels_denoised --denoised "$copy"  # nc and nct alone need no denoised val/
+  if [ -n "$probes" ]; then
+    probe_pixels pixels
+    ! uses denoised || probe_pixels pixels_denoised --denoised "$copy"  # nc and nct alone need no denoised val/
+  fi
   stage "report" "$python" "$here/probe.py" report "$out"
 }
 
 probes='' counting='' copy=${denoised:-$out/denoised}
 if [ -d "$data/train" ] && [ -d "$data/val" ]; then
-  labels=$(find -L "$data/train" "$data/val" -mindepth 2 -type f -print -quit 2>/dev/null)
-  [ -z "$labels" ] || { probes=yes; run "$python" "$here/probe.py" check "${common[@]}" ${shot_flags[@]+"${shot_flags[@]}"}; }
+  attempt "$python" "$here/probe.py" check "${common[@]}" ${shot_flags[@]+"${shot_flags[@]}"}
+  case $code in
+    0) probes=yes ;;
+    3) ;;  # no class folders
+    *) exit $code ;;
+  esac
 fi
 [ -n "$probes" ] || [ -z "$shots" ] || fail "--shots $shots: has no effect without train/<class>/ and val/<class>/ in $data"
 [ -n "$probes" ] || echo "no train/<class>/ and val/<class>/ in $data: pretraining without probes"

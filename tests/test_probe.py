@@ -1134,6 +1134,16 @@ def test_check_passes_on_good_folders_and_says_nothing(small, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("folder", ["", "images/", "images/2026/"])
+def test_check_of_images_without_classes_has_code_3(small, capsys, folder):
+    """One folder for all is no class. A file that is no image makes none."""
+    link(f"data/train/{folder}1.png", small.data / "train/cat/1.png")
+    link(f"data/val/{folder}2.png", small.data / "val/cat/2.png")
+    link("data/val/notes/read.txt", small.data / "val/cat/2.png")
+    assert call(probe, "check", "--data", "data") == 3
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("flag", ["--run", "--weights", "--img_size", "--workers", "--views"])
 def test_check_takes_the_flags_of_the_data_alone(small, capsys, flag):
     error = refused(capsys, "check", "--data", small.data, flag, "1")
@@ -1357,6 +1367,71 @@ def test_report_leaves_out_a_result_of_weights_and_names_its_file(runs, result, 
     assert set(common.read_json("runs/results.json")["noisy"]) == {"noisy-seed0", "noisy-seed1"}
 
 
+def test_report_of_a_denoised_copy_of_train_alone_shows_training_images(runs, small):
+    """val/ of the copy is for the arm denoised alone."""
+    link("copy/train", small.data / "train")
+    path = "runs/probe/nct-seed0.json"
+    known = common.read_json(path)
+    known["pretrain"]["denoised"] = "copy"
+    common.write_json(path, known)
+    assert call(probe, "report", "runs") == 0
+    with Image.open("runs/samples.png") as image:
+        assert image.height == 3 * 183  # noisy, denoised, clean
+
+
+@pytest.fixture
+def unprobed(small):
+    """runs/pretrain: noisy, two seeds; nct; the first phase of nct; and a run that goes on. The images
+    lie in one flat folder."""
+    for k, path in enumerate(sorted(small.data.glob("train/*/*.png"))):
+        link(f"flat/{k}.png", path)
+    for k, name in enumerate(("noisy-seed0", "noisy-seed1", "nct-seed0", "denoised-seed0", "nc-seed0")):
+        run = Path("runs/pretrain", name)
+        shutil.copytree(small.run, run)
+        config = common.read_json(run / "config.json") | {"data": "flat"}
+        if name == "denoised-seed0":
+            config |= {"epochs": 4, "stop": 1}
+        common.write_json(run / "config.json", config)
+        if name == "nc-seed0":
+            (run / "summary.json").unlink()
+        log = common.read_log(run / "log.jsonl")
+        log[-1] |= {"rank": 7.0 + k, "entropy": 2.125}
+        common.write_text(run / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+
+
+def test_report_without_labels_has_the_last_losses_and_monitors_of_the_finished_arms(unprobed, capsys):
+    assert call(probe, "report", "runs") == 0
+    text = Path("runs/results.md").read_text()
+    columns = ("DINO loss | iBOT loss | teacher entropy, nats | KL teacher to student | effective rank | "
+               "minutes | images/s | peak GB")
+    assert header_of(text, "| arm ") == f"| arm | seeds | {columns} |"
+    assert "36 training images without labels, noise gauss50, 16,2,2, on " in text
+    rows = table_rows(text)
+    assert list(rows) == ["noisy", "nct"]
+    last = common.read_log("runs/pretrain/nct-seed0/log.jsonl")[-1]
+    assert last["step"] == 4
+    [figures] = rows["nct"]
+    losses = [f"{last[name]:.2f}" for name in ("dino", "ibot")]
+    assert figures[:6] == ["1", *losses, "2.12", f"{last['kl']:.2f}", "9.00"]
+    [figures] = rows["noisy"]
+    assert figures[0] == "2"
+    assert figures[5] == "7.50 ± 0.71"
+    stored = common.read_json("runs/results.json")
+    assert {arm: list(found) for arm, found in stored.items()} == {
+        "noisy": ["noisy-seed0", "noisy-seed1"], "nct": ["nct-seed0"]}
+    assert capsys.readouterr().err == ""
+
+
+def test_report_without_labels_shows_training_images_features_and_curves(unprobed):
+    assert call(probe, "report", "runs") == 0
+    assert {p.name for p in Path("runs").glob("*.png")} == {"samples.png", "features.png", "curves.png"}
+    text = Path("runs/results.md").read_text()
+    for name, rows in (("samples", 2), ("features", 3)):  # noisy, clean; input and two arms
+        assert f"({name}.png)" in text
+        with Image.open(f"runs/{name}.png") as image:
+            assert image.size == (6 * 166, rows * 183)
+
+
 def test_report_shows_pixels_first_without_cost_and_without_a_picture_of_features(runs, result):
     of_pixels = {k: v for k, v in result.items() if k not in ("pretrain", "summary", "backbone")}
     of_pixels["config"] = {**result["config"], "pixels": True}
@@ -1381,7 +1456,7 @@ def test_report_of_pixels_alone_has_nothing_to_compare(result, capsys):
 
 def test_report_on_an_empty_folder_is_one_line_with_code_2(capsys):
     Path("empty").mkdir()
-    assert "empty/probe: no results to report" in refused(capsys, "report", "empty")
+    assert "empty: no results to report" in refused(capsys, "report", "empty")
     assert not list(Path("empty").iterdir())
     assert "usage: " in refused(capsys, "report")
 

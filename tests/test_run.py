@@ -274,14 +274,21 @@ def test_chain_that_a_signal_interrupted_goes_on_to_the_same_figures(chain, data
         assert mine[name] == undisturbed[name]
 
 
-def test_flat_folder_without_classes_is_pretrained_without_probes(data, tmp_path):
-    (tmp_path / "flat").mkdir()
-    for i, path in enumerate(sorted(data.glob("train/*/*.png"))[:16]):
-        shutil.copy(path, tmp_path / f"flat/{i}.png")
+@pytest.mark.parametrize("folders", [["."], ["train", "val"]])
+def test_images_without_classes_are_pretrained_without_probes_and_get_pictures(
+        data, tmp_path, folders):
+    for folder in folders:
+        (tmp_path / "flat" / folder).mkdir(parents=True)
+        for i, path in enumerate(sorted(data.glob("train/*/*.png"))[:16]):
+            shutil.copy(path, tmp_path / "flat" / folder / f"{i}.png")
     done = run_sh(tmp_path, "--data", "flat", "--arms", "noisy", *CHAIN)
     assert done.returncode == 0, done.stderr
     assert "pretraining without probes" in done.stdout
     assert not (tmp_path / "out/probe").exists()
+    assert "16 training images without labels" in (tmp_path / "out/results.md").read_text()
+    for name in ("samples", "features", "curves"):
+        with Image.open(tmp_path / f"out/{name}.png") as picture:
+            assert np.asarray(picture).std() > 5  # something is drawn
     run = tmp_path / "out/pretrain/noisy-seed0"
     assert json.loads((run / "summary.json").read_text())["epochs"] == 4
     weights = torch.load(run / "backbone.pth", weights_only=True)
@@ -618,13 +625,13 @@ def test_demonstration_makes_its_images_and_runs_every_arm_on_them(tmp_path):
 
 
 # ==== what else run.sh does =======================================================================
-def test_train_and_val_without_class_folders_are_pretrained_without_probes(tmp_path):
+def test_images_in_which_the_check_finds_no_classes_have_no_probes(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
-        (tmp_path / "data" / split / "1.png").touch()
     flags = str.split("--data data --preset tiny --out out --arms noisy")
-    commands, text = recorded(tmp_path, *flags)
-    assert [parse(line)[1] for line in commands] == ["pretrain.py"]
+    no_labels = f'case "$*" in *"probe.py check"*) exit {probe.NO_LABELS} ;; esac'
+    commands, text = recorded(tmp_path, *flags, more=no_labels)
+    assert [parse(line)[1] for line in commands] == ["pretrain.py", "probe.py report out"]
     assert "no train/<class>/ and val/<class>/ in data: pretraining without probes" in text
 
 
@@ -634,9 +641,10 @@ def test_time_that_is_left_is_told_once_a_pretraining_took_some(tmp_path):
     sleep = 'case "$*" in *"--seed 1"*) sleep 5 ;; esac'
     _, text = recorded(tmp_path, *flags, "0 1 2", "--arms", "noisy", more=sleep)
     assert text.splitlines()[2:] == [  # after the checks
-        "== 1/3 pretraining noisy, seed 0 ==",
-        "== 2/3 pretraining noisy, seed 1 (the last took 0 min 0 s) ==",
-        "== 3/3 pretraining noisy, seed 2 (the last took 0 min 5 s, about 1 min left) =="]
+        "== 1/4 pretraining noisy, seed 0 ==",
+        "== 2/4 pretraining noisy, seed 1 (the last took 0 min 0 s) ==",
+        "== 3/4 pretraining noisy, seed 2 (the last took 0 min 5 s, about 1 min left) ==",
+        "== 4/4 report (the last took 0 min 0 s, about 1 min left) =="]
 
 
 def test_two_of_the_same_command_run_one_after_the_other(tmp_path):
@@ -654,7 +662,7 @@ def test_two_of_the_same_command_run_one_after_the_other(tmp_path):
         os.close(lock)  # which frees it
         after = process.stdout.read()
     assert seen[1] == "waiting for another run in out\n" and before == []
-    assert "pretraining noisy" in after and len(called(tmp_path)[1]) == 1
+    assert "pretraining noisy" in after and len(called(tmp_path)[1]) == 2  # with the report
     assert process.returncode == 0
 
 
