@@ -12,7 +12,9 @@ are not 1 or 3). Interrupted, both exit with code 75; the same command goes on.
 
 import functools
 import hashlib
+import itertools
 import math
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -43,6 +45,7 @@ TRAIN_FLAGS = {
     "lr": (3e-4, "halved at the epochs' borders at 20, 40, 60 and 80 % of training"),
     "ramp": (2.0, "final weight of the regulariser"),
     "width": (48, "features of the U-Net; 24 is 4 times faster"),
+    "stride": ("auto", "V,H: every V-th row and H-th column by itself, for noise that is correlated; auto: measured"),
     "init_scale": (0.1, "factor on Kaiming-normal weights; 1 for short runs, which stay grey at 0.1"),
 }
 APPLY_FLAGS = {
@@ -67,6 +70,8 @@ def read_config(argv):
         raise UserError(f"denoise.py {command}: use train or apply; train --help, apply --help")
     presets = PRESETS if command == "train" else dict.fromkeys(PRESETS, {})
     args = c.read_flags(argv[1:], __doc__, presets, GROUPS[command], positive=POSITIVE)
+    if command == "train" and not re.fullmatch(r"auto|[1-9]\d*,[1-9]\d*", args.stride):
+        raise UserError(f"--stride {args.stride}: use auto, or two whole numbers from 1, down and across: 1,3")
     if command == "apply":
         if not args.denoiser:
             raise UserError("apply needs --denoiser, the folder that denoise.py train wrote")
@@ -78,10 +83,11 @@ def read_config(argv):
 # ==== model =======================================================================================
 class UNet(nn.Module):
     """Noise2Noise's U-Net with Neighbor2Neighbor's names: noisy (B, C, H, W) to denoised, H and W
-    multiples of 2 ** depth. 1,259,475 weights at 3 channels, width 48, depth 5."""
-    def __init__(self, channels=3, width=48, depth=5, init_scale=0.1):
+    multiples of 2 ** depth. 1,259,475 weights at 3 channels, width 48, depth 5. stride: of the
+    sub-lattices that it is for, down and across."""
+    def __init__(self, channels=3, width=48, depth=5, init_scale=0.1, stride=(1, 1)):
         super().__init__()
-        self.depth = depth
+        self.depth, self.stride = depth, stride
         self.convolution("enc_conv0", channels, width)
         for level in range(1, depth + 2):
             self.convolution(f"enc_conv{level}", width, width)
@@ -174,16 +180,118 @@ def cut_patch(image, patch, rng):
     return image[:, top:top + patch, left:left + patch]
 
 
-def make_batch(args, folder, chosen, patch, mine, epoch, step, indices):
+def make_batch(args, folder, chosen, patch, stride, mine, epoch, step, indices):
     """One process's noisy patches of a step, uint8 (B, C, patch, patch), and their pairs. indices:
     the global batch, of places in the list of chosen images; mine: the slice of this process."""
     patches, pairs = [], []
     for k in indices[mine]:
         i = chosen[k]
         rng = c.generator(args.seed, epoch, folder.paths[i])
-        patches.append(cut_patch(folder.read(i), patch, rng))
+        image = draw_lattice(folder.read(i), stride, rng)
+        patches.append(cut_patch(image, patch, rng))
         pairs.append(draw_pairs(patch, patch, rng))
     return [torch.stack(patches), torch.stack(pairs)]
+
+
+# ==== correlated noise ============================================================================
+# Neighbor2Neighbor needs noise that is independent from pixel to pixel. Where neighbours share it, every v-th row
+# and h-th column by itself is a smaller image whose noise is independent: a sub-lattice (pixel-shuffle
+# downsampling, arXiv 1904.03485). The denoiser trains on these and is applied to each.
+LAGS = 4  # distances in pixels at which the correlation is measured, from 1; the largest stride
+GONE = 0.13  # a correlation below counts as none; white noise measures up to 0.07, a blur by (1, 2, 1) 0.16 at lag 2
+FAINT = 0.01  # share of the images' variance below which there is little noise; texture would pass for it
+BLOCK = 8  # side in pixels of the flat parts
+
+
+def noise_across(x):
+    """Noise in flat parts of an image (C, H, W) of floats, 16 x 16 pixels or more: its autocorrelation across at
+    lags 1 to LAGS, a tensor; the variance of its second difference down; of how many values. None where nothing
+    varies.
+
+    The second difference down removes smooth content, not the correlation across. A block is flat where the one
+    beside it hardly varies: judged by its own variance, it would be chosen for noise that is weak by chance,
+    and so less correlated."""
+    x = x.diff(n=2, dim=1)
+    pairs = x.unfold(1, BLOCK, BLOCK).unfold(2, 2 * BLOCK, 2 * BLOCK)  # (C, rows, columns, BLOCK, 2 BLOCK)
+    blocks = pairs.flatten(0, 2).unflatten(2, (2, BLOCK)).transpose(1, 2)  # (pairs, 2, BLOCK, BLOCK)
+    variance = (blocks**2).mean((2, 3))  # (pairs, 2)
+    varies = variance > 0  # clipped parts do not
+    if not varies.any():
+        return None
+    beside = variance.flip(1)[varies]
+    flattest = beside.argsort(stable=True)[:math.ceil(len(beside) / 10)]
+    flat = blocks[varies][flattest]  # (flattest tenth, BLOCK, BLOCK)
+    covariance = torch.stack([(flat[:, :, k:] * flat[:, :, :BLOCK - k]).mean() for k in range(LAGS + 1)])
+    level = np.quantile(variance[varies].numpy(), 0.1)
+    return covariance[1:] / covariance[0], level, flat.numel()
+
+
+def image_noise(image):
+    """Of an image (C, H, W): [autocorrelation down at lags 1 to LAGS, across, share of its variance that is noise],
+    and of how many values; None where it is too small or shows no noise. Its first 1,024 rows and columns suffice."""
+    x = image[:, :1024, :1024].float()
+    if min(x.shape[1:]) < 2 * BLOCK:
+        return None
+    found = noise_across(x.transpose(1, 2)), noise_across(x)
+    if None in found:
+        return None
+    (down, _, _), (across, level, values) = found
+    # of noise with variance 1, the second difference down has this variance
+    gain = max(6 - 8 * down[0] + 2 * down[1], 0.1)
+    share = level / gain / x.var((1, 2)).mean()
+    return torch.cat([down, across, share[None]]), values
+
+
+def measure_noise(folder, most=128):
+    """{"down", "across": the noise's autocorrelation at lags 1 to LAGS, "share": of the variance that is noise},
+    medians over up to `most` noisy images, and "error": of a correlation, at most; None where all images are too
+    small, or constant."""
+    found = c.parallel(lambda i: image_noise(folder.read(i)), folder.spread(most), "measure noise")
+    found = [x for x in found if x is not None]
+    if not found:
+        return None
+    images, values = zip(*found, strict=True)
+    *lags, share = torch.stack(images).double().quantile(0.5, 0).numpy().round(3).tolist()
+    # 3 standard deviations for white noise: of 1.4 / sqrt(values) after a second difference, at lag 4 of half of them
+    error = round(3 * 2 / math.sqrt(sum(values)), 3)
+    return {"down": lags[:LAGS], "across": lags[LAGS:], "share": share, "error": error}
+
+
+def choose_stride(correlation, error=0.0):
+    """The smallest stride on whose multiples the noise's autocorrelation (at lags 1 to LAGS) is gone. Without
+    one, LAGS; but 1 where the correlation does not even fall: of stripes no stride removes it."""
+    for stride in range(1, LAGS + 1):
+        if all(abs(r) < GONE + error for r in correlation[stride - 1::stride]):
+            return stride
+    return LAGS if correlation[-1] < correlation[0] / 2 else 1
+
+
+def settle_stride(wanted, noise):
+    """'V,H' of --stride and measure_noise; says what was found and chosen."""
+    if noise is None:
+        chosen, text = "1,1", "not measured, the images are constant or smaller than 16 x 16"
+    else:
+        lags = {axis: " ".join(f"{r:.2f}" for r in noise[axis]) for axis in ("down", "across")}
+        text = (f"{noise['share']:.1%} of the variance, correlation at lags 1 to {LAGS}: "
+                f"{lags['down']} down, {lags['across']} across")
+        chosen = ",".join(str(choose_stride(noise[axis], noise["error"])) for axis in ("down", "across"))
+        if noise["share"] < FAINT:
+            chosen, text = "1,1", text + "; there is little noise to remove"
+    if wanted != "auto":
+        chosen = wanted
+    c.say(f"noise in flat parts: {text}; stride {chosen}")
+    return chosen
+
+
+def parse_stride(text):
+    return tuple(int(v) for v in text.split(","))  # '1,3' -> (1, 3)
+
+
+def draw_lattice(image, stride, rng):
+    """A random one of the sub-lattices (C, H / v, W / h) of an image (C, H, W). A stride of 1 draws nothing."""
+    top, left = (torch.randint(min(s, n), (), generator=rng).item() if s > 1 else 0
+                 for s, n in zip(stride, image.shape[1:], strict=True))
+    return image[:, top::stride[0], left::stride[1]]
 
 
 # ==== application =================================================================================
@@ -192,7 +300,19 @@ MARGIN = 160  # rows of context around a strip: the U-Net's reach (157), rounded
 
 @torch.no_grad()
 def denoise(model, images, device, tile=1024, context=c.nullcontext):
-    """uint8 (B, C, H, W) of any size on the host to the same, denoised; in strips of `tile` rows."""
+    """uint8 (B, C, H, W) of any size on the host to the same, denoised: each sub-lattice of the model's stride by
+    itself, in strips of `tile` rows."""
+    result = torch.empty_like(images)
+    down, across = model.stride
+    for top, left in itertools.product(range(down), range(across)):
+        part = images[:, :, top::down, left::across]
+        if part.numel():
+            result[:, :, top::down, left::across] = denoise_lattice(model, part, device, tile, context)
+    return result
+
+
+def denoise_lattice(model, images, device, tile, context):
+    """denoise() of one sub-lattice."""
     H, W = images.shape[2:]
     cell = 2**model.depth
     x = reflect(images, -H % cell, -W % cell)
@@ -220,17 +340,18 @@ def denoise_list(model, images, device, tile=1024, context=c.nullcontext):
 def load_denoiser(path, device):
     """(U-Net in evaluation mode, {flag: value} of its noise) from a folder that `train` finished; or
     from a file of Neighbor2Neighbor's weights, whose noise nobody knows. Raises UserError."""
-    noise, state = {}, c.load_checkpoint(path)
+    noise, stride, state = {}, "1,1", c.load_checkpoint(path)
     if "config" in state:
         config, epoch = state["config"], state["position"][0]
         noise = {k: config[k] for k in ("noise", "noise_seed")}
+        stride = config.get("stride", stride)
         if epoch < config["epochs"]:
             raise UserError(f"{path}: its training stopped in epoch {epoch}; finish it")
     try:
         weights = {k.removeprefix("module."): v for k, v in state.get("model", state).items()}
         width, channels = weights["enc_conv0.weight"].shape[:2]
         depth = sum(k.startswith("up") for k in weights) // 2  # weight and bias each
-        model = UNet(channels, width, depth)
+        model = UNet(channels, width, depth, stride=parse_stride(stride))
         model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise UserError(f"{path}: is no denoiser, no U-Net of Neighbor2Neighbor's layers") from None
@@ -263,13 +384,13 @@ def autocorrelation(residual):
 
 
 def quality(model, folder, device, context, most=32):
-    """Mean over up to `most` images: the residual's autocorrelation, and, where synthetic noise
-    makes them known, PSNR (dB) of noisy and denoised against clean and E[noisy | clean]."""
-    rows = []
+    """Mean over up to `most` images: the residual's autocorrelation on sub-lattices, and, where synthetic
+    noise makes them known, PSNR (dB) of noisy and denoised against clean and E[noisy | clean]."""
+    rows, (down, across) = [], model.stride
     for i in folder.spread(most):
         image = folder.read(i)
         noisy, denoised = image / 255, denoise(model, image[None], device, context=context)[0] / 255
-        row = {"autocorrelation": autocorrelation(noisy - denoised)}
+        row = {"autocorrelation": autocorrelation((noisy - denoised)[:, ::down, ::across])}
         if folder.spec != "none":
             clean = folder.read(i, "clean") / 255
             expected = expected_noisy(clean, folder.spec, folder.paths[i], folder.seed)
@@ -289,8 +410,8 @@ def report(q, split):
         c.say(f"{split:5} {table.format_map(q)}")
     if q["autocorrelation"] > 0.25:
         print(f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the noise "
-              "looks spatially correlated (resized, compressed or demosaiced images?); "
-              "Neighbor2Neighbor keeps such noise. Bring denoised images of your own with "
+              "looks correlated farther than the stride (resized, compressed or demosaiced images?); "
+              "Neighbor2Neighbor keeps such noise. Use a larger --stride, bring denoised images of your own with "
               "--denoised, or noisy images at native resolution", file=sys.stderr)
 
 
@@ -300,24 +421,30 @@ def train(args, device):
     tested = folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
     if (folder.data / "val").is_dir():
         tested = c.Folder(args.data, "val", args.noise, args.noise_seed, channels=folder.channels)
-    torch.manual_seed(args.seed)
-    patch, depth = patch_plan(folder.shapes[:, :2], args.patch)
-    model = UNet(folder.channels, args.width, depth, args.init_scale)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    context, scaler = c.autocast(device, args.amp)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    config, position = vars(args) | {"data": folder.fingerprint()}, (0, 0, 0.0)
+    data, position = folder.fingerprint(), (0, 0, 0.0)
     state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
     if state:
-        c.check_config(state["config"], config, c.FREE, out)
+        before = state["config"].setdefault("stride", "1,1")  # which earlier versions did not store
+        args.stride = before if args.stride == "auto" else args.stride
+        c.check_config(state["config"], vars(args) | {"data": data}, c.FREE, out)
         position = state["position"]
         if position[0] == args.epochs and (out / "quality.json").exists():
             c.say(f"{out}: complete, nothing to do")
             return 0
+    noise = measure_noise(folder)
+    args.stride = settle_stride(args.stride, noise)
+    stride, config = parse_stride(args.stride), vars(args) | {"data": data}
+    torch.manual_seed(args.seed)
+    patch, depth = patch_plan(folder.shapes[:, :2] // stride, args.patch)
+    model = UNet(folder.channels, args.width, depth, args.init_scale, stride)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    context, scaler = c.autocast(device, args.amp)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if state:
         c.load_parts(parts, state)
     if c.world()[0] == 0:
-        c.write_json(out / "config.json", vars(args))
+        c.write_json(out / "config.json", vars(args) | {"noise_measured": noise})
 
     def save(position):
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -326,7 +453,7 @@ def train(args, device):
     chosen = folder.spread(args.subset or len(folder))
     folder.hold(["noisy"], args.cache_gb, args.workers)
     loop = c.Loop(args, len(chosen), position, device, save)
-    make = functools.partial(make_batch, args, folder, chosen, patch, loop.mine)
+    make = functools.partial(make_batch, args, folder, chosen, patch, stride, loop.mine)
     if fit(args, loop, make, context, **parts):
         return c.EXIT_STOPPED
     if c.world()[0] == 0:

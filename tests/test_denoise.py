@@ -589,7 +589,7 @@ def test_expected_noisy_uses_the_levels_drawn_for_the_image(spec):
 class Half(nn.Module):
     """Answers 128/255 everywhere."""
 
-    depth = 1
+    depth, stride = 1, (1, 1)
 
     def forward(self, x):
         return torch.full_like(x, 128 / 255)
