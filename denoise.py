@@ -161,6 +161,8 @@ def n2n_losses(model, y, pairs, ramp):
 def patch_plan(sizes, most):
     """(patch, depth): training patch in pixels and number of poolings that the median image allows. sizes (N, 2)."""
     side = min(most, int(np.quantile(sizes.min(1), 0.5, method="lower")))
+    if side < 1:
+        raise UserError("--stride: is larger than most images; use a smaller one")
     depth = int(np.clip(math.log2(side) - 1, 1, 5))
     cell = 2 ** (depth + 1)  # sub-images are half as large
     return math.ceil(side / cell) * cell, depth
@@ -196,87 +198,100 @@ def make_batch(args, folder, chosen, patch, stride, mine, epoch, step, indices):
 # ==== correlated noise ============================================================================
 # Neighbor2Neighbor needs noise that is independent from pixel to pixel. Where neighbours share it, every v-th row
 # and h-th column by itself is a smaller image whose noise is independent: a sub-lattice (pixel-shuffle
-# downsampling, arXiv 1904.03485). The denoiser trains on these and is applied to each.
-LAGS = 4  # distances in pixels at which the correlation is measured, from 1; the largest stride
-GONE = 0.13  # a correlation below counts as none; white noise measures up to 0.07, a blur by (1, 2, 1) 0.16 at lag 2
-FAINT = 0.01  # share of the images' variance below which there is little noise; texture would pass for it
-BLOCK = 8  # side in pixels of the flat parts
+# downsampling, arXiv 1904.03485). The denoiser trains on sub-lattices and is applied to each of an image.
+LAGS = 6  # distances at which the correlation is measured, from 1 pixel; the largest stride that is chosen
+GONE = 0.13  # less correlation counts as none: white noise has up to 0.07, a blur by (1, 2, 1) 0.16 at lag 2
+FAINT = 0.01  # share of an image's variance; where the noise has less, texture passes for it
+ROWS, COLUMNS = 8, 16  # of a flat block
 
 
 def noise_across(x):
-    """Noise in flat parts of an image (C, H, W) of floats, 16 x 16 pixels or more: its autocorrelation across at
-    lags 1 to LAGS, a tensor; the variance of its second difference down; of how many values. None where nothing
-    varies.
+    """Noise in flat parts of an image (C, H, W), float: its autocorrelation across (LAGS,), the variance of its
+    second difference down, and in how many values both were found; None where nothing varies.
 
-    The second difference down removes smooth content, not the correlation across. A block is flat where the one
-    beside it hardly varies: judged by its own variance, it would be chosen for noise that is weak by chance,
-    and so less correlated."""
+    The second difference down removes smooth content and keeps the correlation across. A block counts as flat if
+    the block beside it hardly varies. Judged by its own variance, it would be chosen for noise that happens to be
+    weak, which is less correlated."""
     x = x.diff(n=2, dim=1)
-    pairs = x.unfold(1, BLOCK, BLOCK).unfold(2, 2 * BLOCK, 2 * BLOCK)  # (C, rows, columns, BLOCK, 2 BLOCK)
-    blocks = pairs.flatten(0, 2).unflatten(2, (2, BLOCK)).transpose(1, 2)  # (pairs, 2, BLOCK, BLOCK)
-    variance = (blocks**2).mean((2, 3))  # (pairs, 2)
-    varies = variance > 0  # clipped parts do not
+    pairs = x.unfold(1, ROWS, ROWS).unfold(2, 2 * COLUMNS, 2 * COLUMNS)
+    pairs = pairs.flatten(0, 2).unflatten(2, (2, COLUMNS))  # (pairs, ROWS, 2, COLUMNS)
+    variance = (pairs**2).mean((1, 3))  # (pairs, 2)
+    varies = (variance > 0).all(1)  # clipped parts do not
     if not varies.any():
         return None
-    beside = variance.flip(1)[varies]
-    flattest = beside.argsort(stable=True)[:math.ceil(len(beside) / 10)]
-    flat = blocks[varies][flattest]  # (flattest tenth, BLOCK, BLOCK)
-    covariance = torch.stack([(flat[:, :, k:] * flat[:, :, :BLOCK - k]).mean() for k in range(LAGS + 1)])
-    level = np.quantile(variance[varies].numpy(), 0.1)
-    return covariance[1:] / covariance[0], level, flat.numel()
+    variance = variance[varies]
+    blocks = pairs[varies].transpose(1, 2).flatten(0, 1)  # (blocks, ROWS, COLUMNS)
+    beside = variance.flip(1).flatten()
+    order = beside.argsort(stable=True)
+    flat = blocks[order[:math.ceil(len(order) / 10)]]
+    covariance = []
+    for lag in range(LAGS + 1):
+        products = flat[:, :, lag:] * flat[:, :, :COLUMNS - lag]
+        covariance.append(products.mean())
+    correlation = torch.stack(covariance[1:]) / covariance[0]
+    return correlation, np.quantile(variance.numpy(), 0.05), flat.numel()
 
 
 def image_noise(image):
-    """Of an image (C, H, W): [autocorrelation down at lags 1 to LAGS, across, share of its variance that is noise],
-    and of how many values; None where it is too small or shows no noise. Its first 1,024 rows and columns suffice."""
+    """Noise of an image (C, H, W): (autocorrelation down and across (2 LAGS,), share of the image's variance, number
+    of values); None where none shows, or the image is too small. Its first 1,024 rows and columns suffice."""
     x = image[:, :1024, :1024].float()
-    if min(x.shape[1:]) < 2 * BLOCK:
+    if min(x.shape[1:]) < 2 * COLUMNS:
         return None
     found = noise_across(x.transpose(1, 2)), noise_across(x)
     if None in found:
         return None
     (down, _, _), (across, level, values) = found
-    # of noise with variance 1, the second difference down has this variance
-    gain = max(6 - 8 * down[0] + 2 * down[1], 0.1)
-    share = level / gain / x.var((1, 2)).mean()
-    return torch.cat([down, across, share[None]]), values
+    # the second difference down of noise of variance 1 has a variance of 6 - 8 r1 + 2 r2
+    gain = 6 - 8 * down[0] + 2 * down[1]
+    share = level / gain.clamp(min=0.1) / x.var((1, 2)).mean()
+    return torch.cat([down, across]), share.item(), values
 
 
 def measure_noise(folder, most=128):
-    """{"down", "across": the noise's autocorrelation at lags 1 to LAGS, "share": of the variance that is noise},
-    medians over up to `most` noisy images, and "error": of a correlation, at most; None where all images are too
-    small, or constant."""
-    found = c.parallel(lambda i: image_noise(folder.read(i)), folder.spread(most), "measure noise")
-    found = [x for x in found if x is not None]
+    """Noise of up to `most` noisy images: {"down", "across": its autocorrelation at lags 1 to LAGS, "share": of the
+    images' variance; medians over images; "error": of a correlation}. None where all are constant or too small."""
+    def measure(i):
+        return image_noise(folder.read(i))
+
+    found = c.parallel(measure, folder.spread(most), "measure noise")
+    found = [noise for noise in found if noise]
     if not found:
         return None
-    images, values = zip(*found, strict=True)
-    *lags, share = torch.stack(images).double().quantile(0.5, 0).numpy().round(3).tolist()
-    # 3 standard deviations for white noise: of 1.4 / sqrt(values) after a second difference, at lag 4 of half of them
-    error = round(3 * 2 / math.sqrt(sum(values)), 3)
+    correlations, shares, values = zip(*found, strict=True)
+    lags = torch.stack(correlations).double().quantile(0.5, 0)
+    lags = lags.numpy().round(3).tolist()
+    share = round(float(np.median(shares)), 4)
+    # 2 standard deviations of white noise after a second difference
+    error = round(2 * 1.5 / math.sqrt(sum(values)), 3)
     return {"down": lags[:LAGS], "across": lags[LAGS:], "share": share, "error": error}
 
 
-def choose_stride(correlation, error=0.0):
-    """The smallest stride on whose multiples the noise's autocorrelation (at lags 1 to LAGS) is gone. Without
-    one, LAGS; but 1 where the correlation does not even fall: of stripes no stride removes it."""
+def choose_stride(correlation, error):
+    """(stride, whether the noise is independent there): the smallest stride at whose multiples the autocorrelation,
+    of lags 1 to LAGS, is gone. Else LAGS; but 1 where the correlation hardly falls: no stride removes stripes."""
     for stride in range(1, LAGS + 1):
-        if all(abs(r) < GONE + error for r in correlation[stride - 1::stride]):
-            return stride
-    return LAGS if correlation[-1] < correlation[0] / 2 else 1
+        multiples = correlation[stride - 1::stride]
+        if max(map(abs, multiples)) < GONE + error:
+            return stride, True
+    falls = correlation[-1] < correlation[0] / 2
+    return LAGS if falls else 1, False
 
 
 def settle_stride(wanted, noise):
-    """'V,H' of --stride and measure_noise; says what was found and chosen."""
-    if noise is None:
-        chosen, text = "1,1", "not measured, the images are constant or smaller than 16 x 16"
-    else:
-        lags = {axis: " ".join(f"{r:.2f}" for r in noise[axis]) for axis in ("down", "across")}
-        text = (f"{noise['share']:.1%} of the variance, correlation at lags 1 to {LAGS}: "
-                f"{lags['down']} down, {lags['across']} across")
-        chosen = ",".join(str(choose_stride(noise[axis], noise["error"])) for axis in ("down", "across"))
+    """The text 'V,H': --stride or, for auto, what measure_noise asks for. Says what was found and chosen."""
+    chosen, text = "1,1", "not measured, as the images are constant or smaller than 32 x 32 pixels"
+    if noise:
+        down, across = (" ".join(f"{r:.2f}" for r in noise[axis]) for axis in ("down", "across"))
+        text = f"{noise['share']:.1%} of the variance; correlation at 1 to {LAGS} pixels: {down} down, {across} across"
         if noise["share"] < FAINT:
-            chosen, text = "1,1", text + "; there is little noise to remove"
+            text += "; there is little noise to remove"
+        else:
+            down, gone_down = choose_stride(noise["down"], noise["error"])
+            across, gone_across = choose_stride(noise["across"], noise["error"])
+            chosen = f"{down},{across}"
+            if not (gone_down and gone_across):
+                text += "; it reaches so far that some of this noise will stay"
     if wanted != "auto":
         chosen = wanted
     c.say(f"noise in flat parts: {text}; stride {chosen}")
@@ -284,14 +299,18 @@ def settle_stride(wanted, noise):
 
 
 def parse_stride(text):
-    return tuple(int(v) for v in text.split(","))  # '1,3' -> (1, 3)
+    down, across = text.split(",")  # '1,3' -> (1, 3)
+    return int(down), int(across)
 
 
 def draw_lattice(image, stride, rng):
     """A random one of the sub-lattices (C, H / v, W / h) of an image (C, H, W). A stride of 1 draws nothing."""
-    top, left = (torch.randint(min(s, n), (), generator=rng).item() if s > 1 else 0
-                 for s, n in zip(stride, image.shape[1:], strict=True))
-    return image[:, top::stride[0], left::stride[1]]
+    first = []
+    for step, side in zip(stride, image.shape[1:], strict=True):
+        most = min(step, side)
+        first.append(torch.randint(most, (), generator=rng) if most > 1 else 0)
+    (down, across), (top, left) = stride, first
+    return image[:, top::down, left::across]
 
 
 # ==== application =================================================================================
