@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -502,6 +503,7 @@ def test_plain_weights_of_neighbor2neighbor_are_a_denoiser(denoised, prefix):
     loaded, noise = denoise.load_denoiser("FILE.pth", CPU)
     same(dict(loaded.state_dict()), dict(model.state_dict()))
     assert not loaded.training
+    assert loaded.stride == (1, 1)
     assert noise == {}  # nobody knows it
     assert apply(data, "FILE.pth", "out", *NOISE) == 0
     assert_copy(data, "gauss50", "out", model)
@@ -520,6 +522,164 @@ def test_file_that_is_no_denoiser_is_refused_in_one_line(capsys, content, reason
     error = refused(capsys, denoise.load_denoiser, "FILE.pth", CPU)
     assert "FILE.pth: " in error
     assert reason in error
+
+
+# ==== correlated noise ============================================================================
+def blur(noise, axes):
+    """Noise (H, W, C) blurred by (1, 2, 1) / 4 along these axes: correlation 2/3, 1/6 and 0."""
+    for axis in axes:
+        noise = (np.roll(noise, 1, axis) + 2 * noise + np.roll(noise, -1, axis)) / 4
+    return noise
+
+
+def noisy(seed, sigma, axes=(), height=256, width=256):
+    """uint8 (H, W, 1): a smooth picture, on its right half with coarse texture, and noise."""
+    rng = np.random.default_rng(seed)
+    x = 64 + picture(seed, height, width, 1, 128, float)
+    texture = rng.normal(0, 40, (height // 4, width // 8, 1))
+    x[:, width // 2:] += texture.repeat(4, 0).repeat(4, 1)
+    x += blur(rng.normal(0, sigma, x.shape), axes)
+    return x.round().clip(0, 255).astype(np.uint8)
+
+
+def measured(*images):
+    """measure_noise of a folder with these images."""
+    for i, x in enumerate(images):
+        save(f"measured/{i}.png", x)
+    return denoise.measure_noise(common.Folder("measured"))
+
+
+BLURRED = [2 / 3, 1 / 6, 0, 0, 0, 0]
+WHITE = [0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("axes", "down", "across", "chosen"), [
+    ((), WHITE, WHITE, "1,1"), ((0,), BLURRED, WHITE, "3,1"),
+    ((1,), WHITE, BLURRED, "1,3"), ((0, 1), BLURRED, BLURRED, "3,3")])
+def test_noise_is_measured_along_each_axis_on_smooth_and_textured_content(axes, down, across, chosen, capsys):
+    found = measured(*(noisy(seed, 50, axes) for seed in range(6)))
+    assert found["down"] == pytest.approx(down, abs=0.04)
+    assert found["across"] == pytest.approx(across, abs=0.04)
+    assert denoise.settle_stride("auto", found) == chosen
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert said.endswith(f"; stride {chosen}\n")
+
+
+@pytest.mark.parametrize("axes", [(), (1,), (0, 1)])
+def test_share_is_that_of_the_noise_in_the_flattest_parts(axes):
+    """So at most its share of the variance, and not much less; whatever its correlation."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(60, 195, 256)[None, :, None]
+    noise = blur(rng.normal(0, 20, (256, 256, 1)), axes)
+    x = (ramp + noise).round().astype(np.uint8)
+    share = noise.var() / x.var()
+    assert 0.5 * share < measured(x)["share"] < share
+
+
+def test_clipped_parts_do_not_count():
+    """A border that is black without any noise, as in magnetic resonance."""
+    x = noisy(0, 50, (1,), 256, 128)
+    black = np.pad(x, [(64, 64), (100, 100), (0, 0)])
+    assert measured(black)["across"] == pytest.approx(BLURRED, abs=0.1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_white_noise_on_a_few_small_images_gets_no_stride(seed):
+    """A small sample looks correlated by chance."""
+    rng = np.random.default_rng(seed)
+    found = measured(*rng.integers(0, 256, (3, 32, 32, 1), np.uint8))
+    assert max(map(abs, found["down"] + found["across"])) > 0.1
+    assert denoise.settle_stride("auto", found) == "1,1"
+
+
+@pytest.mark.parametrize("axes", [(), (1,)])
+def test_nearly_clean_images_get_no_stride_and_a_word(axes, capsys):
+    found = measured(*(noisy(seed, 2, axes) for seed in range(3)))
+    assert found["across"][0] > 0.3 or not axes
+    assert denoise.settle_stride("auto", found) == "1,1"
+    assert "there is little noise to remove; stride 1,1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(31, 200, 1), (200, 31, 1), (1, 1, 1)])
+def test_small_images_are_not_measured(shape, capsys):
+    found = measured(noisy(0, 50, (1,))[:shape[0], :shape[1]])
+    assert found is None
+    assert denoise.settle_stride("auto", found) == "1,1"
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_constant_images_are_not_measured():
+    assert measured(np.full((64, 64, 3), 7, np.uint8)) is None
+
+
+@pytest.mark.parametrize(("correlation", "stride", "gone"), [
+    ([0, 0, 0, 0, 0, 0], 1, True),
+    ([0.46, 0.07, 0, 0, 0, 0], 2, True),  # radar
+    ([0.67, 0.36, 0.07, 0, 0, 0], 3, True),  # sonar
+    ([-0.4, 0, 0, 0, 0, 0], 2, True),  # sharpened
+    ([0, 0.5, 0, 0.4, 0, 0.3], 5, True),  # lag 3 by itself would do, lag 6 does not
+    ([0.9, 0.8, 0.6, 0.5, 0.3, 0.2], 6, False),  # the longest helps most
+    ([0.5, 0.5, 0.5, 0.5, 0.5, 0.5], 1, False),  # stripes: none helps
+])
+def test_stride_is_the_smallest_at_whose_multiples_the_correlation_is_gone(correlation, stride, gone, capsys):
+    noise = {"down": correlation, "across": WHITE, "share": 0.5, "error": 0.0}
+    assert denoise.choose_stride(correlation, 0.0) == (stride, gone)
+    assert denoise.settle_stride("auto", noise) == f"{stride},1"
+    assert ("will stay" in capsys.readouterr().out) == (not gone)
+
+
+def test_given_stride_wins_over_the_measured_one():
+    noise = {"down": BLURRED, "across": BLURRED, "share": 0.5, "error": 0.0}
+    assert denoise.settle_stride("2,1", noise) == "2,1"
+
+
+def places(height, width):
+    """(2, H, W): each pixel tells its row and column."""
+    return torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+
+
+@pytest.mark.parametrize(("stride", "kinds"), [((2, 3), 6), ((1, 3), 3), ((9, 2), 10)])
+def test_every_sub_lattice_is_drawn(stride, kinds):
+    rng, seen = gen(), set()
+    for _ in range(200):
+        rows, columns = denoise.draw_lattice(places(5, 8), stride, rng)
+        top, left = rows[0, 0].item(), columns[0, 0].item()
+        same(rows[:, 0], torch.arange(top, 5, stride[0]))
+        same(columns[0], torch.arange(left, 8, stride[1]))
+        seen.add((top, left))
+    assert len(seen) == kinds
+
+
+def test_stride_of_1_is_the_image_itself_and_draws_nothing():
+    rng, x = gen(), random_bytes(3, 5, 8)
+    same(denoise.draw_lattice(x, (1, 1), rng), x)
+    assert torch.equal(rng.get_state(), gen().get_state())
+
+
+@pytest.mark.parametrize("stride", [(1, 3), (3, 2), (4, 4)])
+@pytest.mark.parametrize("shape", [(37, 51), (96, 64), (3, 2), (1, 40)])
+def test_each_sub_lattice_goes_through_by_itself_and_back_to_its_pixels(shape, stride):
+    model = wild(3, 3)
+    x = random_bytes(2, 3, *shape)
+    expected = torch.empty(2, 3, *shape)
+    for top, left in itertools.product(range(min(stride[0], shape[0])), range(min(stride[1], shape[1]))):
+        step = np.s_[:, :, top::stride[0], left::stride[1]]
+        expected[step] = answer(model, x[step])
+    model.stride = stride
+    assert_rounded(denoise.denoise(model, x, CPU, tile=32), expected)
+
+
+@pytest.mark.parametrize(("stride", "expected"), [((1, 1), 1 / 3), ((1, 3), 0)])
+def test_the_two_sub_images_of_a_sub_lattice_share_no_noise(stride, expected):
+    """Half of the pairs lie side by side, where neighbours share 2/3 of this noise, half do not."""
+    noise = blur(np.random.default_rng(0).normal(0, 1, (300, 900, 1)), (1,))
+    rng = gen()
+    patch = denoise.draw_lattice(torch.from_numpy(noise[:, :, 0])[None], stride, rng)
+    patch = denoise.cut_patch(patch, 300, rng)
+    g1, g2 = denoise.neighbors(patch[None], denoise.draw_pairs(300, 300, rng)[None])
+    shared = torch.corrcoef(torch.stack([g1.flatten(), g2.flatten()]))[0, 1]
+    assert shared.item() == pytest.approx(expected, abs=0.03)
 
 
 # ==== quality =====================================================================================
@@ -611,14 +771,17 @@ def test_quality_is_measured_against_clean_and_against_the_expectation():
     assert list(measure("data", "none")) == ["autocorrelation"]
 
 
-@pytest.mark.parametrize("correlated", [False, True])
-def test_spatially_correlated_noise_is_warned_of(capsys, correlated):
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 1), dtype=np.uint8)
-    if correlated:
-        noise = noise.repeat(2, 0).repeat(2, 1)
+@pytest.mark.parametrize(("reach", "stride", "warned"), [
+    (1, (1, 1), False), (2, (1, 1), True), (2, (2, 2), False), (4, (2, 2), True)])
+def test_noise_that_is_correlated_farther_than_the_stride_is_warned_of(capsys, reach, stride, warned):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 1), dtype=np.uint8)
+    noise = noise.repeat(reach, 0).repeat(reach, 1)
     save("data/1.png", noise)
-    denoise.report(measure("data", "none"), "train")
-    assert ("correlated" in capsys.readouterr().err) == correlated
+    model = Half()
+    model.stride = stride
+    measured = denoise.quality(model, common.Folder("data"), CPU, common.nullcontext)
+    denoise.report(measured, "train")
+    assert ("correlated" in capsys.readouterr().err) == warned
 
 
 # ==== train =======================================================================================
@@ -798,6 +961,103 @@ def test_denoised_copy_has_the_same_paths_and_what_the_denoiser_says(denoised):
     assert noise == {"noise": "gauss50", "noise_seed": 0}
     assert model.depth == 3
     assert_copy(data, "gauss50", out, model)
+
+
+@pytest.fixture(scope="module")
+def strided(tmp_path_factory):
+    """(data with correlated noise, a denoiser whose stride was measured)."""
+    root = tmp_path_factory.mktemp("strided")
+    data, denoiser = root / "data", root / "denoiser"
+    for i in range(6):
+        save(data / f"{i}.png", noisy(i, 50, (1,), 64, 96))
+    assert train(data, denoiser, "--epochs", "4") == 0
+    return data, denoiser
+
+
+def test_stride_and_measurement_are_stored_with_the_denoiser(strided):
+    _, denoiser = strided
+    config = common.read_json(f"{denoiser}/config.json")
+    assert config["stride"] == checkpoint(denoiser)["config"]["stride"] == "1,3"
+    assert config["noise_measured"]["across"][0] > 0.5
+    model, _ = denoise.load_denoiser(denoiser, CPU)
+    assert model.stride == (1, 3)
+
+
+def test_training_patches_are_windows_of_sub_lattices(strided, steps):
+    data, _ = strided
+    train(data, "out", "--epochs", "1")
+    windows = []
+    for path in sorted(data.iterdir()):
+        x = torch.from_numpy(common.read_image(path)[:, :, 0])  # (64, 96)
+        lattices = torch.stack([x[:, k::3] for k in range(3)])
+        windows.append(lattices.unfold(1, 16, 1).unfold(2, 16, 1))
+    windows = torch.stack(windows)  # (images, 3, rows, columns, 16, 16)
+    patches = torch.cat([y for y, _, _ in steps])
+    lattices = set()
+    for patch in (255 * patches).round().to(torch.uint8):
+        found = (windows == patch[0]).all(5).all(4).nonzero()
+        assert len(found) == 1
+        lattices.add(found[0, 1].item())
+    assert len(patches) == 6
+    assert len(lattices) > 1
+
+
+def test_run_goes_on_with_the_stride_of_its_checkpoint(strided, capsys, monkeypatch):
+    """Whatever would be measured now; a stride that differs is refused."""
+    data, denoiser = strided
+    shutil.copytree(denoiser, "out")
+    Path("out/quality.json").unlink()
+    error = refused(capsys, train, data, "out", "--epochs", "4", "--stride", "1,2")
+    assert "--stride 1,3 (now 1,2)" in error
+    monkeypatch.setattr(denoise, "measure_noise", lambda folder: None)
+    assert train(data, "out", "--epochs", "4") == 0
+    assert "stride 1,3" in capsys.readouterr().out
+    assert Path("out/quality.json").exists()
+
+
+def test_checkpoint_of_an_earlier_version_has_stride_1(trained, capsys):
+    data, denoiser = trained
+    state = checkpoint(denoiser)
+    assert state["config"].pop("stride") == "1,1"
+    common.save_checkpoint("out/checkpoint.pth", state)
+    assert train(data, "out", *RUN) == 0
+    model, _ = denoise.load_denoiser("out", CPU)
+    assert model.stride == (1, 1)
+
+
+@pytest.mark.parametrize("stride", ["3", "0,1", "1,0", "1,2,3", "a,b", "1, 2", "-1,1", ""])
+def test_stride_that_is_none_is_refused(capsys, stride):
+    error = refused(capsys, main, "train", "--data", "d", "--out", "o", f"--stride={stride}")
+    assert f"--stride {stride}: use auto, or two whole numbers" in error
+
+
+def test_stride_larger_than_the_images_is_refused(trained, capsys):
+    data, _ = trained
+    error = refused(capsys, train, data, "out", "--stride", "1,25")
+    assert "--stride: is larger than most images" in error
+    assert not Path("out").exists()
+
+
+def test_two_processes_choose_the_stride_of_one(strided):
+    data, denoiser = strided
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "denoise.py"]
+    command = [sys.executable, *torchrun, "train", "--data", data, "--out", "out", *SMALL, "--epochs", "4"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stride 1,3") == 1
+    assert column("out", "total") == pytest.approx(column(denoiser, "total"), rel=1e-4)
+
+
+def test_denoised_copy_is_made_with_the_denoisers_stride(strided):
+    data, like = strided
+    model = scramble(like, "denoiser")
+    apply(data, "denoiser", "out")
+    folder = common.Folder(data, denoised="out")
+    for i in range(len(folder)):
+        x = folder.read(i)[None]
+        for k in range(3):
+            got = folder.read(i, "denoised")[None][..., k::3]
+            assert_rounded(got, answer(model, x[..., k::3]))
 
 
 def test_finished_files_are_skipped_and_a_deleted_one_is_made_again(denoised):
