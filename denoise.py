@@ -45,7 +45,8 @@ TRAIN_FLAGS = {
     "lr": (3e-4, "halved at the epochs' borders at 20, 40, 60 and 80 % of training"),
     "ramp": (2.0, "final weight of the regulariser"),
     "width": (48, "features of the U-Net; 24 is 4 times faster"),
-    "stride": ("auto", "V,H: every V-th row and H-th column by itself, for noise that is correlated; auto: measured"),
+    "stride": ("auto", "V,H: denoise every V-th row and H-th column by itself, as neighbours share noise; "
+                       "auto: as the noisy images show"),
     "init_scale": (0.1, "factor on Kaiming-normal weights; 1 for short runs, which stay grey at 0.1"),
 }
 APPLY_FLAGS = {
@@ -196,22 +197,24 @@ def make_batch(args, folder, chosen, patch, stride, mine, epoch, step, indices):
 
 
 # ==== correlated noise ============================================================================
-# Neighbor2Neighbor needs noise that is independent from pixel to pixel. Where neighbours share it, every v-th row
-# and h-th column by itself is a smaller image whose noise is independent: a sub-lattice (pixel-shuffle
-# downsampling, arXiv 1904.03485). The denoiser trains on sub-lattices and is applied to each of an image.
-LAGS = 6  # distances at which the correlation is measured, from 1 pixel; the largest stride that is chosen
-GONE = 0.13  # less correlation counts as none: white noise has up to 0.07, a blur by (1, 2, 1) 0.16 at lag 2
+# Neighbor2Neighbor needs noise that is independent from pixel to pixel. Where neighbours share it,
+# every v-th row and h-th column by itself is a smaller image whose noise is independent: a
+# sub-lattice (pixel-shuffle downsampling, arXiv 1904.03485). The denoiser trains on sub-lattices,
+# and is applied to each one of an image.
+LAGS = 6  # pixels, the largest distance at which the correlation is measured, and the largest stride
+GONE = 0.13  # less counts as none: white noise has up to 0.07 at lag 1, a (1, 2, 1) blur 0.16 at lag 2
 FAINT = 0.01  # share of an image's variance; where the noise has less, texture passes for it
 ROWS, COLUMNS = 8, 16  # of a flat block
 
 
 def noise_across(x):
-    """Noise in flat parts of an image (C, H, W), float: its autocorrelation across (LAGS,), the variance of its
-    second difference down, and in how many values both were found; None where nothing varies.
+    """Noise in flat parts of an image (C, H, W), float: its autocorrelation across at lags 1 to LAGS,
+    the variance of its second difference down, and in how many values both were found. None where
+    nothing varies.
 
-    The second difference down removes smooth content and keeps the correlation across. A block counts as flat if
-    the block beside it hardly varies. Judged by its own variance, it would be chosen for noise that happens to be
-    weak, which is less correlated."""
+    The second difference down removes smooth content and keeps the correlation across. A block
+    counts as flat if the block beside it hardly varies. Judged by its own variance, it would be
+    chosen for noise that happens to be weak, which is less correlated."""
     x = x.diff(n=2, dim=1)
     pairs = x.unfold(1, ROWS, ROWS).unfold(2, 2 * COLUMNS, 2 * COLUMNS)
     pairs = pairs.flatten(0, 2).unflatten(2, (2, COLUMNS))  # (pairs, ROWS, 2, COLUMNS)
@@ -233,8 +236,9 @@ def noise_across(x):
 
 
 def image_noise(image):
-    """Noise of an image (C, H, W): (autocorrelation down and across (2 LAGS,), share of the image's variance, number
-    of values); None where none shows, or the image is too small. Its first 1,024 rows and columns suffice."""
+    """Noise of an image (C, H, W): its autocorrelation down and across (2 LAGS,), its share of the
+    image's variance in the flattest parts, number of values. None where none shows, or the image
+    is too small. The first 1,024 rows and columns suffice."""
     x = image[:, :1024, :1024].float()
     if min(x.shape[1:]) < 2 * COLUMNS:
         return None
@@ -249,8 +253,9 @@ def image_noise(image):
 
 
 def measure_noise(folder, most=128):
-    """Noise of up to `most` noisy images: {"down", "across": its autocorrelation at lags 1 to LAGS, "share": of the
-    images' variance; medians over images; "error": of a correlation}. None where all are constant or too small."""
+    """Noise of up to `most` noisy images: {"down", "across": its autocorrelation at lags 1 to LAGS,
+    "share": of the images' variance, "error": of a correlation}; the first three are medians over
+    images. None where all images are constant or too small."""
     def measure(i):
         return image_noise(folder.read(i))
 
@@ -268,8 +273,9 @@ def measure_noise(folder, most=128):
 
 
 def choose_stride(correlation, error):
-    """(stride, whether the noise is independent there): the smallest stride at whose multiples the autocorrelation,
-    of lags 1 to LAGS, is gone. Else LAGS; but 1 where the correlation hardly falls: no stride removes stripes."""
+    """(stride, whether the noise is independent there): the smallest stride at whose multiples the
+    autocorrelation, of lags 1 to LAGS, is gone. Else LAGS; but 1 where it hardly falls, as that of
+    stripes, which no stride removes."""
     for stride in range(1, LAGS + 1):
         multiples = correlation[stride - 1::stride]
         if max(map(abs, multiples)) < GONE + error:
@@ -283,7 +289,8 @@ def settle_stride(wanted, noise):
     chosen, text = "1,1", "not measured, as the images are constant or smaller than 32 x 32 pixels"
     if noise:
         down, across = (" ".join(f"{r:.2f}" for r in noise[axis]) for axis in ("down", "across"))
-        text = f"{noise['share']:.1%} of the variance; correlation at 1 to {LAGS} pixels: {down} down, {across} across"
+        text = (f"{noise['share']:.1%} of the variance; "
+                f"correlation at 1 to {LAGS} pixels: {down} down, {across} across")
         if noise["share"] < FAINT:
             text += "; there is little noise to remove"
         else:
@@ -304,7 +311,7 @@ def parse_stride(text):
 
 
 def draw_lattice(image, stride, rng):
-    """A random one of the sub-lattices (C, H / v, W / h) of an image (C, H, W). A stride of 1 draws nothing."""
+    """A random sub-lattice (C, H / v, W / h) of an image (C, H, W). A stride of 1 draws nothing."""
     first = []
     for step, side in zip(stride, image.shape[1:], strict=True):
         most = min(step, side)
@@ -319,8 +326,8 @@ MARGIN = 160  # rows of context around a strip: the U-Net's reach (157), rounded
 
 @torch.no_grad()
 def denoise(model, images, device, tile=1024, context=c.nullcontext):
-    """uint8 (B, C, H, W) of any size on the host to the same, denoised: each sub-lattice of the model's stride by
-    itself, in strips of `tile` rows."""
+    """uint8 (B, C, H, W) of any size on the host to the same, denoised: each sub-lattice of the
+    model's stride by itself, in strips of `tile` rows."""
     result = torch.empty_like(images)
     down, across = model.stride
     for top, left in itertools.product(range(down), range(across)):
@@ -403,8 +410,9 @@ def autocorrelation(residual):
 
 
 def quality(model, folder, device, context, most=32):
-    """Mean over up to `most` images: the residual's autocorrelation on sub-lattices, and, where synthetic
-    noise makes them known, PSNR (dB) of noisy and denoised against clean and E[noisy | clean]."""
+    """Mean over up to `most` images: the residual's autocorrelation on sub-lattices, and, where
+    synthetic noise makes them known, PSNR (dB) of noisy and denoised against clean and
+    E[noisy | clean]."""
     rows, (down, across) = [], model.stride
     for i in folder.spread(most):
         image = folder.read(i)
@@ -430,8 +438,8 @@ def report(q, split):
     if q["autocorrelation"] > 0.25:
         print(f"warning: the residual's lag-1 autocorrelation is {q['autocorrelation']:.2f}: the noise "
               "looks correlated farther than the stride (resized, compressed or demosaiced images?); "
-              "Neighbor2Neighbor keeps such noise. Use a larger --stride, bring denoised images of your own with "
-              "--denoised, or noisy images at native resolution", file=sys.stderr)
+              "Neighbor2Neighbor keeps such noise. Use a larger --stride, bring denoised images of "
+              "your own with --denoised, or noisy images at native resolution", file=sys.stderr)
 
 
 # ==== train =======================================================================================

@@ -1,18 +1,22 @@
 """What sub-lattices are worth: a table of PSNR on photographs under noise that is correlated by construction.
 
-    python tests/strides.py --data KODAK --out runs/strides      (results/README.md says how long it takes)
+    python tests/strides.py --data KODAK --out runs/strides
 
 Gaussian noise of sigma 50, blurred by (1, 2, 1) / 4 across or along both axes, on clean images. A denoiser of
-width 24 trains 600 steps on each stride; then it is applied in several ways. Training that is done is not repeated.
+width 24 trains 600 steps on each stride; then it is applied in several ways to 8 of the images. Finished training
+is not repeated. results/README.md has the table.
 """
 
 import argparse
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common as c
 import denoise
