@@ -1036,16 +1036,14 @@ def test_embeddings_are_the_features_of_all_images_of_the_folder_by_their_paths(
         np.testing.assert_allclose(got["patches"][36 + 5], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_embed_any_folder_without_labels_grey_images_among_it(weights):
+def test_weights_embed_any_folder_without_labels_of_grey_images_too(weights):
     file, vit = weights
-    colour, grey = random_bytes(40, 50, 3).numpy(), random_bytes(32, 32, seed=1).numpy()
-    save("any/2.png", colour)
-    save("any/val/deep/er/ü 1.png", grey)  # no train/ is needed
+    grey = random_bytes(2, 32, 32)
+    save("any/2.png", grey[0].numpy())
+    save("any/val/deep/er/ü 1.png", grey[1].numpy())  # no train/ is needed
     got = embedded("--weights", file, "--heads", 2, "--data", "any", *SIZE)
     assert got["paths"].tolist() == ["2.png", "val/deep/er/ü 1.png"]
-    images = [torch.from_numpy(colour).permute(2, 0, 1), torch.from_numpy(grey).expand(3, 32, 32)]
-    crops = torch.stack([probe.central_crop(x, 32, 32) for x in images])
-    expected = backbone_of(vit, *IMAGENET).embed(crops)[:, 0]
+    expected = backbone_of(vit, *IMAGENET).embed(grey[:, None].expand(2, 3, 32, 32))[:, 0]
     np.testing.assert_allclose(got["cls"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -1076,6 +1074,13 @@ def test_embed_refuses_flags_that_contradict_each_other_or_would_do_nothing(
     flags = [small.run if flag == "RUN" else flag for flag in flags]
     assert reason in refused(capsys, "embed", "--data", small.data, "--out", "out.npz", *flags)
     assert not list(Path().iterdir())
+
+
+def test_images_of_other_channels_than_the_backbones_are_not_embedded(small, capsys):
+    Path("any").mkdir()
+    np.save("any/1.npy", np.zeros((32, 32, 4), np.uint8))
+    error = refused(capsys, "embed", "--run", small.run, "--data", "any", "--out", "out.npz")
+    assert "any/1.npy: files differ in their number of channels, it has 4" in error
 
 
 def test_embeddings_that_are_there_are_not_overwritten(small, capsys):
