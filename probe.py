@@ -570,8 +570,8 @@ def evaluate(args, device, saved):
     if x is None:
         return None
     head, chosen = linear_probe(x, y, classes, args, device, backbone.inputs)
-    tokens = [0]  # of k-NN and retrieval: the class token
-    if args.pixels:
+    tokens = [0]  # of k-NN, retrieval and few labels: the class token
+    if args.pixels:  # chosen on all labels, with few labels, too: in favour of pixels
         tokens = nearest_tokens(x[0], y, classes, args.seed)
 
     def vectors(z):
