@@ -223,9 +223,10 @@ def test_of_a_large_folder_so_many_files_are_checked_spread_evenly(tmp_path, mon
     assert common.Folder(tmp_path).fingerprint() == folder.fingerprint()
 
 
-@pytest.mark.parametrize("broken, begun", [("4.png", False), ("3.png", True)])
+@pytest.mark.parametrize("broken", ["4.png", "3.png"])
 def test_broken_file_is_named_at_the_start_if_checked_else_when_it_is_read(
-        tmp_path, monkeypatch, broken, begun):
+        tmp_path, monkeypatch, broken):
+    """Here all are read at the start: for the measures of the noise and for the statistics."""
     monkeypatch.setattr(common, "CHECKED", 5)  # the even ones
     images(tmp_path / "data", 9)
     (tmp_path / "data" / broken).write_bytes(b"no image")
@@ -233,7 +234,7 @@ def test_broken_file_is_named_at_the_start_if_checked_else_when_it_is_read(
         argv = [] if stage == "train" else ["--denoised", "", "--anchor", "0", "--init", ""]
         done = run_stage(stage, tmp_path, tmp_path / "data", tmp_path / out, *argv)
         refused(done, f"{broken}: not a readable image", "move it out of the folder")
-    assert (tmp_path / "denoiser").exists() == begun
+    assert not (tmp_path / "denoiser").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
