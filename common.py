@@ -137,17 +137,60 @@ def add_noise(image, spec, key, seed=0):
     return function(image, *levels, rng).clamp(0, 1)
 
 
-# ==== images ======================================================================================
-# A folder is a sorted list of relative paths. An image is read as uint8 (C, H, W).
-SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items()
-                 if kind in Image.OPEN and kind != "MPEG") + (".npy",)
+# ==== images: files ===============================================================================
+# A path names a file or, where it holds several images, one of them: 'cat/stack.tif#3', counted from 1.
+FORMATS = {suffix: kind for suffix, kind in Image.registered_extensions().items()
+           if kind in Image.OPEN and kind != "MPEG"}
+PAGED = (".apng", *(suffix for suffix, kind in FORMATS.items() if kind in ("TIFF", "GIF", "WEBP", "AVIF")))
+READERS = {}  # suffix -> function
 ENDS = b"IEND\xaeB`\x82", b"\xff\xd9"  # how a whole PNG and a whole JPEG end
 CHECKED = 10_000  # images whose headers are read at the start; of a larger folder, so many of them
+DEAD = 0.01  # share of a channel that may be NaN or infinite
+
+
+def reader(suffix):
+    """Register a reader of the files with this suffix: a function path -> array (H, W) or (H, W, C) of
+    any real dtype, or a list of them, each an image. Of several for a suffix the last one counts."""
+    def register(function):
+        READERS[suffix] = function
+        return function
+    return register
+
+
+@reader(".npy")
+def read_array(path):
+    with open(path, "rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def split_page(path):
+    """(file, page) of a path: 'stack.tif#3' -> ('stack.tif', 3); the page of a file with one image is 0."""
+    file, _, page = str(path).rpartition("#")
+    return (file, int(page)) if page.isdecimal() else (str(path), 0)
+
+
+def stem(path):
+    """Path without suffix, the name of a denoised image: 'a/1.png' -> 'a/1', 'stack.tif#3' -> 'stack#3'."""
+    file, page = split_page(path)
+    return os.path.splitext(file)[0] + (f"#{page}" if page else "")
+
+
+def pages(path):
+    """How many images a file holds. 1 for a damaged or an empty one: reading it says what is wrong."""
+    with suppress(Exception):
+        if path.suffix.lower() in READERS:
+            x = READERS[path.suffix.lower()](path)
+            return max(1, len(x)) if isinstance(x, list) else 1
+        with Image.open(path) as image:
+            return image.n_frames
+    return 1
 
 
 def list_images(root):
-    """Relative posix paths of all images below root, sorted; hidden ones and links to folders seen left out."""
+    """Relative posix paths of all images below root, sorted, pages in order; hidden ones and links to
+    folders seen left out."""
     found, seen = [], set()
+    suffixes = (*FORMATS, *READERS)
     for folder, subfolders, files in os.walk(root, followlinks=True):
         # sorted: of several links to one folder, every machine takes the same
         subfolders[:] = sorted(f for f in subfolders if not f.startswith("."))
@@ -157,31 +200,52 @@ def list_images(root):
             continue
         seen.add(real)
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
                 found.append(Path(folder, name).relative_to(root).as_posix())
-    return sorted(found)
+    several = tuple({*PAGED, *READERS} - {".npy"})
+    files = [path for path in sorted(found) if path.lower().endswith(several)]
+    counts = parallel(lambda path: pages(Path(root, path)), files, "pages") if files else []
+    counts = dict(zip(files, counts, strict=True))
+    images = []
+    for path in sorted(found):
+        count = counts.get(path, 1)
+        images += [path] if count == 1 else [f"{path}#{page}" for page in range(1, count + 1)]
+    return images
 
 
-def read_image(path):
-    """One file, upright: (H, W, C) of any real dtype; palette, alpha, CMYK become RGB. Raises UserError."""
+def read_raw(path):
+    """One image, upright: (H, W, C) of any real dtype; palette, alpha, CMYK become RGB. Dead pixels are
+    NaN or infinite. path: of a file or of one of its images. Raises UserError."""
+    name, page = split_page(path)
+    file = Path(name)
     try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise OSError("not a file" if path.exists() else "it is gone, or a link to nothing; was the folder moved?")
-        if path.stat().st_size == 0:
+        if not file.is_file():  # a pipe would wait for ever
+            raise OSError("not a file" if file.exists() else "it is gone, or a link to nothing; was the folder moved?")
+        if file.stat().st_size == 0:
             raise OSError("empty file")
-        x = read_array(path) if path.suffix.lower() == ".npy" else read_picture(path)
+        read = READERS.get(file.suffix.lower())
+        if not read:
+            return as_image(read_picture(file, page))
+        x = read(file)
+        return as_image(x[max(0, page - 1)] if isinstance(x, list) else x)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: not a readable image ({error}); repair it or move it out of the folder") from None
-    if x.dtype.kind not in "iu":
-        to_float(x, path)  # checks type and values
-    return np.atleast_3d(x)
 
 
-def read_array(path):
-    with open(path, "rb") as file:
-        x = np.lib.format.read_array(file, allow_pickle=False)
+def as_image(x):
+    """An array as (H, W, C). Raises ValueError for what is no image."""
+    x = np.require(x, None, ["C", "W"])
     if x.ndim not in (2, 3) or 0 in x.shape:
-        raise ValueError(f"shape {x.shape} is neither (H, W) nor (H, W, C)")
+        frames = "; frames? save each as a file" if x.ndim == 4 else ""
+        raise ValueError(f"shape {x.shape} is neither (H, W) nor (H, W, C){frames}")
+    x = np.atleast_3d(x)
+    H, W, C = x.shape
+    if C > 4 and (min(W, C) > H or W == C):
+        raise ValueError(f"shape {x.shape}: {H} frames? channels first? save (H, W, C), each frame as a file")
+    if x.dtype.kind == "b":
+        return x.astype(np.uint8) * np.uint8(255)
+    if x.dtype.kind not in "iuf":
+        raise ValueError(f"dtype {x.dtype} is not an image's; save integers or floats")
     return x
 
 
@@ -189,51 +253,114 @@ def is_grey(image):
     return Image.getmodebase(image.mode) == "L"
 
 
-def read_picture(path):
+def check_depth(image):
+    """Raises ValueError for an open picture of whose 16-bit colours Pillow would give 8 bit."""
+    tile = image.tile[0] if image.tile else None
+    cut = ";16" in str(tile) or 16 in getattr(image, "tag_v2", {}).get(258, ())  # bits of a TIFF's samples
+    if tile and tile[0] == "ppm":
+        cut = tile[3][1] > 255
+    if cut and image.mode in ("RGB", "RGBA", "RGBX", "CMYK", "LA", "LAB"):
+        raise ValueError("colour of more than 8 bit, of which Pillow reads 8; save .npy (H, W, C)")
+
+
+def read_picture(path, page=0):
+    """What Pillow reads of a file, upright: (H, W) or (H, W, 3). Raises many kinds."""
     with Image.open(path) as image:
+        if page:
+            image.seek(page - 1)
+        elif (path.suffix.lower() in PAGED or image.format == "PNG") and image.n_frames > 1:
+            raise ValueError(f"an animation of {image.n_frames} images; an animated PNG must be named .apng")
+        check_depth(image)
+        signed = image.format == "FITS" and image.mode == "I;16"  # Pillow takes them for unsigned
         image = ImageOps.exif_transpose(image)
         if image.mode in ("LA", "1") or not is_grey(image):
             image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn
             image = image.convert("L" if is_grey(image) else "RGB")
         x = np.array(image)
-    if image.mode == "I":  # Pillow's container for 16-bit files
-        if x.min() < 0 or x.max() > 65535:
-            raise ValueError("32-bit integers have no known range; save 16 bit or .npy")
-        x = x.astype(np.uint16)
-    return x
+    return x.view(np.int16) if signed else x
 
 
 def read_shape(path):
-    """(H, W, C) of one file. A PNG or JPEG that ends as it should is not decoded, so damage in its
-    middle shows only when it is read. Raises UserError."""
+    """(H, W, C, whether it is deeper than 8 bit) of one image. A PNG or JPEG that ends as it should is not
+    decoded, so damage in its middle shows only when it is read. Raises UserError."""
     if path.is_file():  # else, and for other formats, read_image says what is wrong
         with suppress(Exception), Image.open(path, formats=("PNG", "JPEG")) as image:
             image.fp.seek(-8, os.SEEK_END)
-            if image.fp.read().endswith(ENDS):
+            if image.fp.read().endswith(ENDS) and getattr(image, "n_frames", 1) == 1:
+                check_depth(image)
                 # not image.getexif(), which decodes a whole PNG
                 turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
                 height, width = image.size if turned else reversed(image.size)
-                return height, width, 1 if is_grey(image) else 3
-    return read_image(path).shape
+                return height, width, 1 if is_grey(image) else 3, image.mode.startswith("I")
+    x = read_image(path)
+    return *x.shape, x.dtype != np.uint8
 
 
-def to_float(x, path=""):
-    """Array to float32 in [0, 1]: integers by their dtype's range, floats as they are. Raises UserError."""
-    if x.dtype == np.uint8:
-        return torch.from_numpy(x).float().div_(255)
-    if x.dtype.kind in "iu":
-        limits = np.iinfo(x.dtype)
-        x = (x.astype(np.float64) - limits.min) / (limits.max - limits.min)
-    if x.dtype.kind not in "fb":
-        raise UserError(f"{path}: dtype {x.dtype} is not an image; save integers, or floats in [0, 1]")
-    low, high = x.min(), x.max()
-    if not (low >= 0 and high <= 1):  # NaN is neither
-        raise UserError(f"{path}: float values must be finite and in [0, 1], found {low:g} to {high:g}; rescale")
-    return torch.from_numpy(x.astype(np.float32))
+# ==== images: values ==============================================================================
+# An image is a tensor (C, H, W): of 8-bit files uint8 as they are; of deeper ones uint16, the range
+# (low, high) of the whole set mapped to 0..65535.
+WHITE = {torch.uint8: 255, torch.uint16: 65535}
 
 
-def to_uint8(x):
-    return (x * 255).round_().to(torch.uint8)  # [0, 1] to 0..255, rounded (the release truncates)
+def to_float(x):
+    return x / WHITE[x.dtype]  # uint8 or uint16 to float32 in [0, 1]
+
+
+def to_levels(x, dtype=torch.uint8):
+    return (x * WHITE[dtype]).round_().to(dtype)  # [0, 1] to uint8 or uint16, rounded (the release truncates)
+
+
+def to_range(x, low, high):
+    """Array of any real dtype to uint16: low to 0, high to 65535; what lies outside is clipped."""
+    share = (x.astype(np.float64) - low) / (high - low)
+    return np.rint(65535 * share.clip(0, 1)).astype(np.uint16)
+
+
+def robust_range(values):
+    """(low, high) of a sample of values: what the middle 99.8 % span and half as much on either side,
+    but no further than the values go. So hot pixels do not count, and noise is not clipped."""
+    least, most = values.min(), values.max()
+    low, high = np.quantile(values, [0.001, 0.999])
+    if low == high:  # nearly all of them are the same
+        return least, most
+    margin = (high - low) / 2
+    return max(least, low - margin), min(most, high + margin)
+
+
+def fill_dead(x, path):
+    """(H, W, C) whose NaN and infinite values become the mean of their finite neighbours, from the rim
+    inwards. Raises UserError where too many are dead."""
+    if x.dtype.kind != "f":
+        return x
+    dead = ~np.isfinite(x)
+    share = dead.mean((0, 1)).max()
+    if share > DEAD:
+        raise UserError(f"{path}: {100 * share:.2g} % of its pixels are NaN or infinite, at most {100 * DEAD:g} % are "
+                        "filled from their neighbours; repair it or move it out of the folder")
+    x = np.where(dead, np.nan, x)
+    while dead.any():
+        wide = np.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=np.nan)
+        around = np.lib.stride_tricks.sliding_window_view(wide, (3, 3), (0, 1))[dead]  # (M, 3, 3)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no neighbour is alive yet
+            x[dead] = np.nansum(around, (1, 2), np.float64) / np.isfinite(around).sum((1, 2))
+        dead = np.isnan(x)
+    return x
+
+
+def read_image(path):
+    """One image as read_raw gives it, its dead pixels filled. Raises UserError."""
+    return fill_dead(read_raw(path), path)
+
+
+def check_range(ours, theirs, owner):
+    """Raises UserError unless a network gets the range that it was trained on, [] for 8 bit; None: unknown."""
+    if theirs is not None and list(ours) != list(theirs):
+        advice = f"use --range={theirs[0]},{theirs[1]}" if ours and theirs else "train one on these images"
+        raise UserError(f"{owner}: was trained on {in_words(theirs)}, these images are {in_words(ours)}; {advice}")
+
+
+def in_words(limits):
+    return f"values from {limits[0]} to {limits[1]}" if limits else "8-bit values"
 
 
 def parallel(function, items, name, workers=None):
@@ -243,14 +370,16 @@ def parallel(function, items, name, workers=None):
         return list(tqdm(results, name, len(items), leave=False, disable=None))
 
 
+# ==== images: folders =============================================================================
 class Folder:
     """The images of one split, of '' all; read(i, source) gives image i noisy, clean or denoised.
 
     data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
-    noise. denoised: folder with the same relative paths, any suffix. channels: those of training,
-    where this is another split; grey files may be among colour. Raises UserError: for up to CHECKED files
-    here, for others when they are read."""
-    def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None):
+    noise. denoised: folder with the same relative paths, any suffix. channels, limits: those of
+    training, where this is another split; grey files may be among colour. limits: (low, high) of the
+    values; [] for 8-bit files; None: measured here. Raises UserError: for up to CHECKED images here,
+    for others when they are read."""
+    def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None, limits=None):
         parse_noise(spec)  # a bad spec is named first
         self.data, self.split, self.spec, self.seed = Path(data), split, spec, seed
         if not self.data.is_dir():
@@ -266,10 +395,13 @@ class Folder:
         self.memory = {}  # images by source, where they are kept in memory
         self.checked = self.spread(CHECKED)
         files = [self.data / self.paths[i] for i in self.checked]
-        self.shapes = np.array(parallel(read_shape, files, "check"))  # (checked, 3): H, W, C
+        headers = np.array(parallel(read_shape, files, "check"))  # (checked, 4)
+        self.shapes = headers[:, :3]  # H, W, C
         self.channels = channels or int(self.shapes[:, 2].max())
-        for file, channels in zip(files, self.shapes[:, 2], strict=True):
-            self.check(file, channels)
+        self.deep = bool(headers[:, 3].any() if limits is None else limits)
+        for file, header in zip(files, headers, strict=True):
+            self.check(file, *header[2:])
+        self.limits = self.measure(limits) if self.deep else []
         self.denoised = self.match(Path(denoised)) if denoised else None
 
     def __len__(self):
@@ -279,19 +411,47 @@ class Folder:
         """Indices of up to `most` images, spread evenly over the sorted list."""
         return np.linspace(0, len(self) - 1, min(most, len(self))).astype(int).tolist()
 
-    def check(self, path, channels):
-        """Raises UserError unless a file of so many channels is of this set."""
+    def check(self, path, channels, deep):
+        """Raises UserError unless an image of so many channels, deeper than 8 bit or not, is of this set."""
+        if deep != self.deep:
+            it, others = ("deeper than 8 bit", "8 bit") if deep else ("8 bit", "deeper")
+            raise UserError(f"{path}: is {it}, but other images, those trained on, or --range are {others}: "
+                            "save all images alike")
         if channels != self.channels and (channels, self.channels) != (1, 3):
             raise UserError(f"{path}: files differ in their number of channels, it has {channels}, "
                             f"others or the training images have {self.channels}")
 
+    def measure(self, limits, most=2000, values=4096):
+        """The limits, or else those of so many values of up to `most` images each; says what they are and
+        what is clipped. Raises UserError."""
+        def sample(i):  # (values, number of dead ones) of one image
+            x = read_raw(self.data / self.paths[i]).ravel()
+            alive = x[np.isfinite(x)].astype(np.float64)
+            dead = len(x) - len(alive)
+            if len(alive) > values:
+                alive = alive[np.random.default_rng(i).integers(len(alive), size=values)]
+            return alive, dead
+
+        samples, dead = zip(*parallel(sample, self.spread(most), "values"), strict=True)
+        sample = np.concatenate(samples)
+        low, high = map(float, limits or robust_range(sample))
+        if low >= high:
+            raise UserError(f"{self.data}: all values are {low}; nothing can be learned from them")
+        outside = 100 * np.mean((sample < low) | (sample > high))
+        text = f"{self.split}: values from {low:g} to {high:g} become black to white, {outside:.2g} % are clipped"
+        if any(dead):
+            images = np.count_nonzero(dead)
+            text += f"; {sum(dead)} dead pixels of {images} images are filled from their neighbours"
+        say(text)
+        return [low, high]
+
     def match(self, root):
         """The denoised file of each image. Raises UserError."""
-        note = root / "made_by.json"
+        note, self.copy_limits = root / "made_by.json", self.limits
         if note.exists():  # by denoise.py: of the same noise?
-            noise = {"noise": self.spec, "noise_seed": self.seed}
-            check_config(read_json(note), noise, {"denoiser"}, root)
-        found = {os.path.splitext(p)[0]: root / p for p in list_images(root)}
+            check_config(read_json(note), self.settings(), {"denoiser"}, root)
+            self.copy_limits = self.limits and [0, 65535]  # it writes the levels themselves
+        found = {stem(p): root / p for p in list_images(root)}
         files = [found.get(stem) for stem in self.stems()]
         if None in files:
             first = self.paths[files.index(None)]
@@ -299,33 +459,40 @@ class Folder:
                             f"{first} first; write them, or let denoise.py apply make them")
         shapes = parallel(read_shape, [files[i] for i in self.checked], "check")
         for i, shape, seen in zip(self.checked, self.shapes.tolist(), shapes, strict=True):
+            self.check(files[i], *seen[2:])
             if list(seen[:2]) != shape[:2]:
-                raise UserError(f"{files[i]}: is {seen}, but its image {self.paths[i]} is {tuple(shape)}, H, W and C")
+                raise UserError(f"{files[i]}: is {seen[:3]}, but its image {self.paths[i]} is {tuple(shape)}: H, W, C")
         return files
+
+    def settings(self):
+        """What a denoised copy is of, besides its files."""
+        settings = {"noise": self.spec, "noise_seed": self.seed}
+        return settings | {"range": self.limits} if self.deep else settings
 
     def stems(self):
         """{path without suffix: path}: the names of the denoised images. Raises UserError."""
         stems = {}
         for path in self.paths:
-            other = stems.setdefault(os.path.splitext(path)[0], path)
+            other = stems.setdefault(stem(path), path)
             if other != path:
                 raise UserError(f"{self.data}: {other} and {path} would share a denoised image; rename one of them")
         return stems
 
     def read(self, i, source="noisy"):
-        """Image i as uint8 (C, H, W). Raises UserError."""
+        """Image i as uint8 or, of deep files, uint16 (C, H, W). Raises UserError."""
         if source in self.memory:
             return self.memory[source][i]
-        path = self.denoised[i] if source == "denoised" else self.data / self.paths[i]
+        path, limits = self.data / self.paths[i], self.limits
+        if source == "denoised":
+            path, limits = self.denoised[i], self.copy_limits
         x = read_image(path)
-        self.check(path, x.shape[2])
+        self.check(path, x.shape[2], x.dtype != np.uint8)
         if x.shape[2] < self.channels:  # grey among colour
             x = np.repeat(x, self.channels, axis=2)
-        spec = self.spec if source == "noisy" else "none"
-        if x.dtype == np.uint8 and spec == "none":
-            return torch.from_numpy(x).permute(2, 0, 1)
-        x = add_noise(to_float(x, path), spec, self.paths[i], self.seed)
-        return to_uint8(x).permute(2, 0, 1)
+        x = torch.from_numpy(to_range(x, *limits) if limits else x)
+        if source == "noisy" and self.spec != "none":
+            x = to_levels(add_noise(to_float(x), self.spec, self.paths[i], self.seed), x.dtype)
+        return x.permute(2, 0, 1)
 
     def under(self, spec):
         """The same images under other synthetic noise; no file is looked at again."""
@@ -343,7 +510,8 @@ class Folder:
     def hold(self, sources, gigabytes, workers):
         """Keep the images of these sources in memory, if they fit: decoded and made noisy once."""
         pixels = self.shapes[:, :2].prod(1).mean() * len(self)
-        if pixels * self.channels * len(sources) <= gigabytes * 1e9:
+        size = pixels * self.channels * (2 if self.deep else 1)  # bytes
+        if size * len(sources) <= gigabytes * 1e9:
             for source in sources:
                 read, name = functools.partial(self.read, source=source), f"read {source}"
                 self.memory[source] = parallel(read, range(len(self)), name, workers or 1)
@@ -352,7 +520,8 @@ class Folder:
         """The same for the same names and sizes of files, wherever they lie."""
         digest = hashlib.sha256()
         for path in self.paths:
-            line = f"{path} {os.stat(self.data / path).st_size}\n"
+            file, _ = split_page(self.data / path)
+            line = f"{path} {os.stat(file).st_size}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
         return f"{len(self)} images of {self.channels} channels, {digest.hexdigest()[:32]}"
 
@@ -365,7 +534,8 @@ class Folder:
     def stats(self, most=2000):
         """Mean and standard deviation of each channel of the noisy images in [0, 1], of up to `most`."""
         def moments(i):  # (3, C): pixels, sum, sum of squares
-            x = self.read(i).flatten(1).double() / 255  # (C, H W)
+            x = self.read(i)
+            x = x.flatten(1).double() / WHITE[x.dtype]  # (C, H W)
             return torch.stack([torch.ones_like(x).sum(1), x.sum(1), (x * x).sum(1)])
 
         count, first, second = sum(parallel(moments, self.spread(most), "statistics"))
@@ -426,15 +596,23 @@ def draw_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
 
 
 def resize(image, height, width):
-    """uint8 (C, H, W) to (C, height, width): bicubic with antialias, as Pillow; it averages noise."""
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    """uint8 or uint16 (C, H, W) to (C, height, width): bicubic with antialias, as Pillow; it averages noise."""
+    x = image if image.dtype == torch.uint8 else to_float(image)
+    x = F.interpolate(x[None], (height, width), mode="bicubic", antialias=True)[0]
+    return x if image.dtype == torch.uint8 else to_levels(x.clamp_(0, 1), image.dtype)
 
 
-def cut(image, box, flip, size):
-    """uint8 (C, H, W) to (C, size, size): cut first, then resized, then mirrored."""
+def cut(image, box, flip, size, turns=0):
+    """uint8 or uint16 (C, H, W) to (C, size, size): cut first, then resized, then mirrored, then turned
+    by so many quarter turns."""
     top, left, h, w = box
     x = resize(image[:, top:top + h, left:left + w], size, size)
-    return x.flip(-1) if flip else x
+    kind = x.dtype
+    if kind == torch.uint16:
+        x = x.view(torch.int16)  # of the same bits, which torch can flip
+    if flip:
+        x = x.flip(-1)
+    return x.rot90(turns, (1, 2)).view(kind)
 
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "hue": 0.1, "saturation": 0.2}  # largest change
@@ -508,10 +686,10 @@ def gaussian_blur(x, sigma, radius=4):
 
 
 def color(crops, numbers):
-    """uint8 crops (B, C, S, S) to float in [0, 1]: jitter, grey, blur, solarise by numbers (B, 24)."""
+    """uint8 or uint16 crops (B, C, S, S) to float in [0, 1]: jitter, grey, blur, solarise by numbers (B, 24)."""
     mixes, hue, sigma, solarize = numbers.split([21, 1, 1, 1], dim=1)
     mixes = mixes.unflatten(1, (7, 3)).unbind(1)
-    x = crops / 255
+    x = to_float(crops)
     for weights in mixes[:3]:
         x = mix(x, weights)
     if crops.shape[1] == 3:
@@ -1226,6 +1404,8 @@ DATA_FLAGS = {
     "out": ("", "what to write"),
     "noise": ("none", "synthetic: gauss100, shot3, camera30,5 ...; none: images are noisy already"),
     "noise_seed": (0, "base seed of the noise; the same in every stage"),
+    "range": ([], "LOW,HIGH: values of files deeper than 8 bit that become black and white (--range=-1000,400); "
+                  "if not given, measured on the training images"),
 }
 RUNNING_FLAGS = {
     "device": ("auto", "cuda, cuda:1, cpu"),
@@ -1277,9 +1457,18 @@ def read_flags(argv, doc, presets, groups, choices=(), positive=()):
     for name, value in vars(args).items():
         if name in ("data", "out") and not value:
             raise UserError(f"--{name} is needed, and not empty")
+        if name == "range":
+            check_limits(value)
+            continue
         for number in value if isinstance(value, list) else [value]:
             check_number(name, number, name in positive)
     return args
+
+
+def check_limits(limits):
+    whole = all(map(math.isfinite, limits))
+    if limits and (len(limits) != 2 or not whole or limits[0] >= limits[1]):
+        raise UserError("--range: must be two numbers, the lower one first: --range=-1000,400")
 
 
 def check_number(name, value, positive):

@@ -6,8 +6,9 @@
     torchrun --nproc_per_node 4 -- denoise.py train ...   (processes divide the batch, or the files)
 
 In: DIR/{train,val}/... or any folder of images. Out of train: checkpoint.pth, log.jsonl,
-config.json, quality.json. Out of apply: the same relative paths, 8-bit .png (.npy where channels
-are not 1 or 3). Interrupted, both exit with code 75; the same command goes on.
+config.json, quality.json. Out of apply: the same relative paths, as deep as the images: 8-bit .png,
+16-bit .png where they are deeper (0 to 65535 is the range that made_by.json names), .npy where
+Pillow cannot write them. Interrupted, both exit with code 75; the same command goes on.
 """
 
 import functools
@@ -184,7 +185,7 @@ def cut_patch(image, patch, rng):
 
 
 def make_batch(args, folder, chosen, patch, stride, mine, epoch, step, indices):
-    """One process's noisy patches of a step, uint8 (B, C, patch, patch), and their pairs. indices:
+    """One process's noisy patches of a step, uint8 or uint16 (B, C, patch, patch), and their pairs. indices:
     the global batch, of places in the list of chosen images; mine: the slice of this process."""
     patches, pairs = [], []
     for k in indices[mine]:
@@ -326,8 +327,8 @@ MARGIN = 160  # rows of context around a strip: the U-Net's reach (157), rounded
 
 @torch.no_grad()
 def denoise(model, images, device, tile=1024, context=c.nullcontext):
-    """uint8 (B, C, H, W) of any size on the host to the same, denoised: each sub-lattice of the
-    model's stride by itself, in strips of `tile` rows."""
+    """uint8 or uint16 (B, C, H, W) of any size on the host to the same, denoised: each sub-lattice of
+    the model's stride by itself, in strips of `tile` rows."""
     result = torch.empty_like(images)
     down, across = model.stride
     for top, left in itertools.product(range(down), range(across)):
@@ -345,10 +346,10 @@ def denoise_lattice(model, images, device, tile, context):
     strips = []
     for top in range(0, H, tile):
         first = max(0, top - MARGIN)
-        strip = x[:, :, first:top + tile + MARGIN].to(device) / 255
+        strip = c.to_float(x[:, :, first:top + tile + MARGIN].to(device))
         with context():
             y = model(strip.contiguous(memory_format=torch.channels_last)).float()
-        y = c.to_uint8(y.clamp(0, 1)).cpu()
+        y = c.to_levels(y.clamp(0, 1), images.dtype).cpu()
         strips.append(y[:, :, top - first:][:, :, :tile])
     return torch.cat(strips, 2)[:, :, :H, :W]
 
@@ -364,12 +365,12 @@ def denoise_list(model, images, device, tile=1024, context=c.nullcontext):
 
 
 def load_denoiser(path, device):
-    """(U-Net in evaluation mode, {flag: value} of its noise) from a folder that `train` finished; or
-    from a file of Neighbor2Neighbor's weights, whose noise nobody knows. Raises UserError."""
+    """(U-Net in evaluation mode, {flag: value} of its noise and range) from a folder that `train` finished;
+    or from a file of Neighbor2Neighbor's weights, whose noise nobody knows. Raises UserError."""
     noise, stride, state = {}, "1,1", c.load_checkpoint(path)
     if "config" in state:
         config, epoch = state["config"], state["position"][0]
-        noise = {k: config[k] for k in ("noise", "noise_seed")}
+        noise = {k: config[k] for k in ("noise", "noise_seed")} | {"range": config.get("range", [])}
         stride = config.get("stride", stride)
         if epoch < config["epochs"]:
             raise UserError(f"{path}: its training stopped in epoch {epoch}; finish it")
@@ -416,10 +417,11 @@ def quality(model, folder, device, context, most=32):
     rows, (down, across) = [], model.stride
     for i in folder.spread(most):
         image = folder.read(i)
-        noisy, denoised = image / 255, denoise(model, image[None], device, context=context)[0] / 255
+        denoised = denoise(model, image[None], device, context=context)[0]
+        noisy, denoised = c.to_float(image), c.to_float(denoised)
         row = {"autocorrelation": autocorrelation((noisy - denoised)[:, ::down, ::across])}
         if folder.spec != "none":
-            clean = folder.read(i, "clean") / 255
+            clean = c.to_float(folder.read(i, "clean"))
             expected = expected_noisy(clean, folder.spec, folder.paths[i], folder.seed)
             row |= {"noisy_clean": psnr(noisy, clean), "denoised_clean": psnr(denoised, clean),
                     "noisy_expected": psnr(noisy, expected), "denoised_expected": psnr(denoised, expected)}
@@ -445,9 +447,10 @@ def report(q, split):
 # ==== train =======================================================================================
 def train(args, device):
     out = Path(args.out)
-    tested = folder = c.Folder(args.data, "train", args.noise, args.noise_seed)
+    tested = folder = c.Folder(args.data, "train", args.noise, args.noise_seed, limits=args.range or None)
+    args.range = folder.limits
     if (folder.data / "val").is_dir():
-        tested = c.Folder(args.data, "val", args.noise, args.noise_seed, channels=folder.channels)
+        tested = c.Folder(args.data, "val", args.noise, args.noise_seed, None, folder.channels, folder.limits)
     data, position = folder.fingerprint(), (0, 0, 0.0)
     state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
     if state:
@@ -498,7 +501,7 @@ def fit(args, loop, make, context, model, optimizer, scaler):
         halvings = 5 * loop.epoch // args.epochs  # at 20, 40, 60, 80 % of the epochs
         group["lr"] = args.lr * 0.5**halvings
         ramp = args.ramp * (loop.epoch + 1) / args.epochs
-        y = (patches / 255).contiguous(memory_format=torch.channels_last)
+        y = c.to_float(patches).contiguous(memory_format=torch.channels_last)
         with context():
             reconstruction, regulariser = n2n_losses(net, y, pairs, ramp)
         loss = reconstruction + regulariser
@@ -517,14 +520,18 @@ def fit(args, loop, make, context, model, optimizer, scaler):
 CHUNK = 16  # consecutive images that go through together, whatever is already made and by whom
 
 
-def check_target(args, splits, model):
-    """--out must be a copy of the same images by the same denoiser, or new. Raises UserError."""
+def check_place(args, splits):
+    """--out must not be among the images. Raises UserError."""
     out, data = Path(args.out), Path(args.data).resolve()
     if any((out.resolve() / split).is_relative_to(data / split) for split in splits or [""]):
         raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another")
+
+
+def check_target(args, model, settings):
+    """--out must be a copy of the same images by the same denoiser, or new. Raises UserError."""
+    out = Path(args.out)
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
-    maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32],
-             "noise": args.noise, "noise_seed": args.noise_seed}
+    maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32], **settings}
     note, found = out / "made_by.json", c.list_images(out)
     if note.exists():
         c.check_config(c.read_json(note), maker, (), out)
@@ -535,39 +542,48 @@ def check_target(args, splits, model):
 
 
 def picture(x):
-    """uint8 (C, H, W) as a Pillow image; of other than 1 or 3 channels the first."""
+    """uint8 or uint16 (C, H, W) as an 8-bit Pillow image; of other than 1 or 3 channels the first."""
     shown = x if len(x) == 3 else x[:1]
+    if shown.dtype == torch.uint16:
+        shown = c.to_levels(c.to_float(shown))
     return Image.fromarray(shown.permute(1, 2, 0).squeeze(2).numpy())
 
 
 def write_image(path, x):
-    """uint8 (C, H, W) as .png or .npy, whole or not at all."""
-    write = functools.partial(picture(x).save, format="PNG", compress_level=3)
+    """uint8 or uint16 (C, H, W) as .png or .npy, whole or not at all."""
+    x = x.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
     if path.suffix == ".npy":
-        write = functools.partial(np.save, arr=x.permute(1, 2, 0).contiguous().numpy())
+        write = functools.partial(np.save, arr=x)
+    else:
+        image = Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x)
+        write = functools.partial(image.save, format="PNG", compress_level=3)
     c.write_atomic(path, write, sync=False)
 
 
 def apply(args, device):
     context, _ = c.autocast(device, args.amp)
     model, trained = load_denoiser(args.denoiser, device)
+    limits = trained.pop("range", None)
     for k, value in trained.items():
         if value != getattr(args, k):
             c.say(f"warning: the denoiser was trained with --{k} {value}, now {getattr(args, k)}")
     splits = [s for s in ("train", "val") if Path(args.data, s).is_dir()]
-    check_target(args, splits, model)
+    check_place(args, splits)
     channels, wanted = None, model.enc_conv0.in_channels
     for split in splits or ["train"]:
-        folder = c.Folder(args.data, split, args.noise, args.noise_seed, channels=channels)
-        channels = folder.channels  # for which grey images of val may serve
+        folder = c.Folder(args.data, split, args.noise, args.noise_seed, None, channels, args.range or limits)
+        c.check_range(folder.limits, limits, args.denoiser)
+        channels, limits = folder.channels, folder.limits  # grey images of val may serve as colour
         if channels != wanted:
             raise UserError(f"{args.data}: {channels} channels, not the denoiser's {wanted}")
+        check_target(args, model, folder.settings())
         apply_split(args, model, folder, device, context)
     return 0
 
 
 def apply_split(args, model, folder, device, context):
-    suffix = ".png" if folder.channels in (1, 3) else ".npy"
+    pictures = [1] if folder.deep else [1, 3]  # channels that Pillow writes
+    suffix = ".png" if folder.channels in pictures else ".npy"
     targets = [Path(args.out, stem + suffix) for stem in folder.stems()]
 
     def is_missing(path):  # or broken: a crash of the machine may have left anything

@@ -274,7 +274,7 @@ def make_batch(args, folder, sources, mine, epoch, step, indices):
     source, epoch) and an image's path, or the step: the same in any number of processes. indices:
     the images of the global batch, of which `mine` is this process's.
 
-    Gives uint8 crops, view by view, the same ones of every source: 'SOURCE_global' (2B, C, S, S),
+    Gives uint8 or uint16 crops, view by view, the same ones of every source: 'SOURCE_global' (2B, C, S, S),
     'SOURCE_local' (LB, C, s, s); the numbers of their colours, 'global_color', 'local_color';
     'masks' (2B, N); 'picked' (M,), flat indices of the masked patches."""
     key = f"{args.seed}:{args.source}:{epoch}"
@@ -293,8 +293,7 @@ def make_batch(args, folder, sources, mine, epoch, step, indices):
             numbers = c.draw_color(rng, folder.channels == 3, blur_p, solarize_p)
             batch[f"{kind}_color"].append(torch.tensor(numbers))
             for source, image in zip(cut_sources, copies, strict=False):  # local: the student's alone
-                crop = c.cut(image, box, flip, size)
-                batch[f"{source}_{kind}"].append(crop.rot90(turns, (1, 2)))
+                batch[f"{source}_{kind}"].append(c.cut(image, box, flip, size, turns))
     side = args.global_size // args.patch_size
     masks = c.draw_masks(2 * len(indices), side, side, random.Random(f"{key}:masks:{step}"))
     masks = masks.unflatten(0, (2, -1))[:, mine].flatten(0, 1)  # of the global batch, this process's
@@ -361,9 +360,13 @@ class Run:
         if args.init:
             before = c.load_checkpoint(args.init, needs=needs)
             c.load_parts({"student": self.network, "teacher": self.teacher}, before)
+            c.check_range(args.range, before.get("range"), args.init)
             seconds = before["position"][2]
         if args.anchor:
-            c.load_parts({"teacher": self.anchor}, c.load_checkpoint(args.anchor_from or args.init, needs=needs))
+            file = args.anchor_from or args.init
+            anchor = c.load_checkpoint(file, needs=needs)
+            c.load_parts({"teacher": self.anchor}, anchor)
+            c.check_range(args.range, anchor.get("range"), file)
         return seconds
 
     def state(self, names):
@@ -449,7 +452,8 @@ def finish(args, run, out, position):
         memory, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     rates = [r["images_s"] for r in c.read_log(out / "log.jsonl")]
     if args.stop:
-        c.save_checkpoint(out / f"epoch{args.stop}.pth", run.state(NETWORKS) | {"position": position})
+        rest = {"position": position, "range": args.range}
+        c.save_checkpoint(out / f"epoch{args.stop}.pth", run.state(NETWORKS) | rest)
     backbone = run.teacher.backbone.state_dict()
     c.write_atomic(out / "backbone.pth", lambda file: torch.save(backbone, file))
     c.write_json(out / "summary.json", {  # last: it says that the run is complete
@@ -474,9 +478,9 @@ def check(args):
     """Look at the images before the long stages, and with --source denoised at the denoised ones;
     say how many there are to train on."""
     denoised = args.denoised if args.source == "denoised" else None  # an anchor's may yet be made
-    train = c.Folder(args.data, "train", args.noise, args.noise_seed, denoised)
+    train = c.Folder(args.data, "train", args.noise, args.noise_seed, denoised, limits=args.range or None)
     if denoised and (train.data / "val").is_dir() and Path(denoised, "val").is_dir():
-        c.Folder(args.data, "val", args.noise, args.noise_seed, denoised, train.channels)
+        c.Folder(args.data, "val", args.noise, args.noise_seed, denoised, train.channels, train.limits)
     c.say(f"{args.data}: {len(train)} images to train on")
     return 0
 
@@ -486,7 +490,8 @@ def main():
         return check(read_config(sys.argv[2:]))
     args = read_config(sys.argv[1:])
     out, device = Path(args.out), c.setup(args.device)
-    folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised)
+    folder = c.Folder(args.data, "train", args.noise, args.noise_seed, args.denoised, limits=args.range or None)
+    args.range = folder.limits
     config = vars(args) | {"data": folder.fingerprint()}
     state = c.load_checkpoint(out / "checkpoint.pth", required=False, needs=STATE)
     if state:
@@ -510,7 +515,7 @@ def main():
         c.write_json(out / "config.json", {**vars(args), **data})
 
     def save(position):
-        rest = {"position": position, "config": config, "data": data}
+        rest = {"position": position, "config": config, "data": data, "range": args.range}
         c.save_checkpoint(out / "checkpoint.pth", run.state(run.parts) | rest)
 
     loop, stopped = train(args, run, folder, data, position, save)

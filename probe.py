@@ -113,6 +113,7 @@ PIXELS = {"8 x 8 pixels": [0], "16 x 16 pixels": [1, 2, 3, 4]}
 class Backbone:
     """A frozen ViT with its normalisation. about: what is known of its training, for the report."""
     inputs = INPUTS
+    limits = None  # the range of values that it was trained on, where this is known
 
     def __init__(self, model, mean, std, file, device, about):
         self.model = model.to(device).eval().requires_grad_(False)
@@ -124,11 +125,11 @@ class Backbone:
         self.mean, self.std = torch.tensor([mean, std], device=device)[..., None, None]
         self.about = {**about, "backbone": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
-    def last_layers(self, crops, n):  # the ViT's, of uint8 crops (B, C, S, S)
-        return self.model.last_layers((crops / 255 - self.mean) / self.std, n)
+    def last_layers(self, crops, n):  # the ViT's, of crops (B, C, S, S)
+        return self.model.last_layers((c.to_float(crops) - self.mean) / self.std, n)
 
     def embed(self, crops):
-        """uint8 crops (B, C, S, S) to (B, 5, D) float32: the class tokens of the last 4 blocks, the
+        """Crops (B, C, S, S) to (B, 5, D) float32: the class tokens of the last 4 blocks, the
         last first (with fewer blocks the first is repeated); the last block's mean patch token."""
         layers = self.last_layers(crops, 4)
         tokens = [layer["cls"] for layer in layers]
@@ -145,7 +146,7 @@ class Backbone:
 
 class Pixels:
     """In place of a backbone: area-averaged pixels, standardised. What pretraining must beat."""
-    inputs, about = PIXELS, {}
+    inputs, about, limits = PIXELS, {}, None
 
     def __init__(self, args):
         folder, source = open_folder(args, "train")
@@ -155,8 +156,8 @@ class Pixels:
         self.mean, self.std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
 
     def embed(self, crops):
-        """uint8 crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16."""
-        areas = [F.adaptive_avg_pool2d(crops / 255, side).flatten(1) for side in (8, 16)]
+        """Crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16."""
+        areas = [F.adaptive_avg_pool2d(c.to_float(crops), side).flatten(1) for side in (8, 16)]
         tokens = torch.cat(areas, 1).unflatten(1, (5, -1)).cpu()
         return (tokens - self.mean) / self.std
 
@@ -191,7 +192,9 @@ def load_run(folder, device):
     model = c.make_vit(config["arch"], config["patch_size"], img_size=config["global_size"],
                        in_chans=config["channels"], registers=config["registers"])
     c.load_parts({"backbone": model}, {"backbone": c.load_checkpoint(file)})
-    return Backbone(model, config["mean"], config["std"], file, device, {"pretrain": config, "summary": summary})
+    backbone = Backbone(model, config["mean"], config["std"], file, device, {"pretrain": config, "summary": summary})
+    backbone.limits = config.get("range", [])
+    return backbone
 
 
 # ==== features: each image goes through the backbone once per view ================================
@@ -199,14 +202,14 @@ CHUNK = 64  # consecutive images that are embedded together, the same in any num
 
 
 def central_crop(image, resize, size):
-    """uint8 (C, H, W): the short side resized to `resize`, then the centre (C, size, size)."""
+    """(C, H, W): the short side resized to `resize`, then the centre (C, size, size)."""
     H, W = (resize * side // min(image.shape[1:]) for side in image.shape[1:])
     top, left = (H - size) // 2, (W - size) // 2
     return c.resize(image, H, W)[:, top:top + size, left:left + size]
 
 
 def crop_views(args, image, views, path):
-    """The central crop of an image and random views of it: uint8 (1 + views, C, S, S)."""
+    """The central crop of an image and random views of it: (1 + views, C, S, S)."""
     crops = [central_crop(image, args.resize, args.img_size)]
     rng = random.Random(f"{args.seed}:{path}") if views else None
     for _ in range(views):
@@ -267,7 +270,9 @@ def write_embeddings(args, device):
     if out.exists():
         raise UserError(f"{out}: exists; move it away, or name another --out")
     backbone = load_vit(args, device)
-    folder = c.Folder(args.data, "", args.noise, args.noise_seed, channels=backbone.channels)
+    limits = args.range or backbone.limits
+    folder = c.Folder(args.data, "", args.noise, args.noise_seed, None, backbone.channels, limits)
+    c.check_range(folder.limits, backbone.limits, args.run)
     parts = {"cls": 0, "patch_mean": 1}
     if args.patches:
         parts["patches"] = slice(2, None)
@@ -535,9 +540,9 @@ def sweep_specs(spec):
     return specs
 
 
-def open_folder(args, split, channels=None):
+def open_folder(args, split, channels=None, limits=None):
     """(images of a split, the source that the probe reads). Raises UserError."""
-    folder = c.Folder(args.data, split, args.noise, args.noise_seed, args.denoised, channels)
+    folder = c.Folder(args.data, split, args.noise, args.noise_seed, args.denoised, channels, args.range or limits)
     return folder, "denoised" if args.denoised else "noisy"
 
 
@@ -546,14 +551,17 @@ def evaluate(args, device, saved):
     None. None, too, where `saved`, an earlier result, is of the same images and backbone."""
     started = c.now()
     backbone = load_backbone(args, device)
-    denoiser = None
+    denoiser, trained = None, {}
     if args.denoiser:
-        denoiser, _ = denoise.load_denoiser(args.denoiser, device)
-    train, source = open_folder(args, "train")
+        denoiser, trained = denoise.load_denoiser(args.denoiser, device)
+    train, source = open_folder(args, "train", limits=backbone.limits)
+    c.check_range(train.limits, backbone.limits, args.run)
+    c.check_range(train.limits, trained.get("range"), args.denoiser)
     if train.channels != backbone.channels:
         raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
-    val, _ = open_folder(args, "val", train.channels)
-    origin = {"files": [train.fingerprint(), val.fingerprint()], "shots": args.shots, **backbone.about}
+    val, _ = open_folder(args, "val", train.channels, train.limits)
+    origin = {"range": train.limits, "files": [train.fingerprint(), val.fingerprint()],
+              "shots": args.shots, **backbone.about}
     if origin.items() <= saved.items():
         c.say(f"{args.out}: complete, nothing to do")
         return None
@@ -779,7 +787,7 @@ def sample_pictures(out, arms, results):
     copy = max(result["pretrain"]["denoised"] for result in results)  # "" where there is none
     has_val = [Path(root, "val").is_dir() for root in (config["data"], copy) if root]
     split = "val" if all(has_val) else "train"
-    folder = c.Folder(config["data"], split, config["noise"], config["noise_seed"], copy, channels)
+    folder = c.Folder(config["data"], split, config["noise"], config["noise_seed"], copy, channels, first.get("range"))
     images = {}
     for source, known in {"noisy": True, "denoised": copy, "clean": folder.spec != "none"}.items():
         if known:
@@ -802,7 +810,7 @@ def principal_components(folder, images, side=16):
     tokens = backbone.last_layers(crops, 1)[0]["patches"]  # (B, N, D)
     scores, _, _ = torch.pca_lowrank(tokens.flatten(0, 1), 3)  # (B N, 3)
     colours = torch.sigmoid(scores / scores.std(0))
-    return c.to_uint8(colours).view(len(images), side, side, 3).movedim(3, 1)
+    return c.to_levels(colours).view(len(images), side, side, 3).movedim(3, 1)
 
 
 def tile(panels, across):
@@ -815,7 +823,7 @@ def tile(panels, across):
 
 
 def grid(rows, size=160):
-    """{title: uint8 images (C, H, W)} to one picture, a row each."""
+    """{title: images (C, H, W)} to one picture, a row each."""
     font = ImageFont.load_default(14)
     panels = []
     for title, images in rows.items():
@@ -889,8 +897,8 @@ NO_LABELS = 3  # exit code of check
 
 def check(args):
     """Look at labels and images before the long stages. Gives the exit code. Raises UserError."""
-    train = c.Folder(args.data, "train", args.noise)
-    val = c.Folder(args.data, "val", args.noise, channels=train.channels)
+    train = c.Folder(args.data, "train", args.noise, limits=args.range or None)
+    val = c.Folder(args.data, "val", args.noise, channels=train.channels, limits=train.limits)
     if not has_labels(train, val):
         return NO_LABELS
     read_labels(train, val, whole_shots(args.shots))

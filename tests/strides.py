@@ -40,7 +40,7 @@ def make_noisy(clean, axes, out):
     for i, path in enumerate(clean.paths):
         noise = torch.randn(clean.read(i).shape, generator=c.generator(axes, path)) * 50 / 255
         x = (clean.read(i) / 255 + blurred(noise, axes)).clamp(0, 1)
-        denoise.write_image(Path(out, path).with_suffix(".png"), c.to_uint8(x))
+        denoise.write_image(Path(out, path).with_suffix(".png"), c.to_levels(x))
     return c.Folder(out)
 
 

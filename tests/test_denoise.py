@@ -428,18 +428,20 @@ def wild(channels, depth):
 
 @torch.no_grad()
 def answer(model, x):
-    """What the model says to uint8 images (B, C, H, W), in grey levels, not rounded."""
+    """What the model says to uint8 or uint16 images (B, C, H, W), in grey levels, not rounded."""
+    white = {torch.uint8: 255, torch.uint16: 65535}[x.dtype]
     H, W = x.shape[2:]
     cell = 2**model.depth
     grown = grow(x, math.ceil(H / cell) * cell, math.ceil(W / cell) * cell)
-    return 255 * model(grown / 255)[:, :, :H, :W].clamp(0, 1)
+    return white * model(grown / white)[:, :, :H, :W].clamp(0, 1)
 
 
-def assert_rounded(got, exact):
-    """uint8 `got` is `exact` rounded, whichever way a tie was broken."""
+def assert_rounded(got, exact, dtype=torch.uint8):
+    """`got` is `exact` rounded, whichever way a tie was broken; of 16 bits the last is the network's rounding."""
     assert exact.std() > 3  # an answer worth comparing
-    assert got.dtype == torch.uint8
-    torch.testing.assert_close(got.float(), exact, rtol=0, atol=0.501)
+    assert got.dtype == dtype
+    atol = 0.501 if dtype == torch.uint8 else 1
+    torch.testing.assert_close(got.float(), exact, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("shape", [(37, 51), (64, 96), (3, 2), (1, 40)])
@@ -484,14 +486,14 @@ def test_images_of_equal_size_go_through_together_and_come_back_in_their_order()
         assert_rounded(got[None], expected)
 
 
-def assert_copy(data, spec, out, model):
+def assert_copy(data, spec, out, model, dtype=torch.uint8):
     """The images in `out` are what the model says to those in `data`."""
     splits = [s for s in ("train", "val") if (data / s).is_dir()]
     for split in splits or ["train"]:
         folder = common.Folder(data, split, spec, denoised=out)
         for i in range(len(folder)):
             noisy = folder.read(i)[None]
-            assert_rounded(folder.read(i, "denoised")[None], answer(model, noisy))
+            assert_rounded(folder.read(i, "denoised")[None], answer(model, noisy), dtype)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -958,7 +960,7 @@ def test_denoised_copy_has_the_same_paths_and_what_the_denoiser_says(denoised):
     expected = {Path(path).with_suffix(".png").as_posix() for path in SHAPES}
     assert set(files(out)) == expected | {"made_by.json"}
     model, noise = denoise.load_denoiser(denoiser, CPU)
-    assert noise == {"noise": "gauss50", "noise_seed": 0}
+    assert noise == {"noise": "gauss50", "noise_seed": 0, "range": []}
     assert model.depth == 3
     assert_copy(data, "gauss50", out, model)
 
@@ -1219,6 +1221,7 @@ def test_real_noisy_images_of_any_depth_and_channels_need_no_clean_ones(
     model = scramble("denoiser", "other")
     apply("data", "other", "out")
     assert set(files("out")) == {"made_by.json", f"0{made}", f"1{made}"}
-    assert_copy(Path("data"), "none", "out", model)
+    assert_copy(Path("data"), "none", "out", model, torch.uint16)
     for path in Path("out").glob("[01].*"):
         assert common.read_image(path).shape == (24, 20, channels)
+        assert common.read_image(path).dtype == np.uint16  # as deep as its source

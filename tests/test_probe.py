@@ -894,7 +894,7 @@ def test_every_stage_sees_the_same_noise_of_an_image(small, noises):
     def seen():
         """Paths of the images that the stage drew noise for, checked bit by bit."""
         for (spec, key), bits in noises.items():
-            x = common.to_float(common.read_image(small.data / key))
+            x = common.to_float(torch.from_numpy(common.read_image(small.data / key)))
             expected = original(x, spec, key, 7)
             assert bits == {expected.numpy().tobytes()}, (spec, key)
         keys = {key for _, key in noises}
