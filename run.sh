@@ -9,6 +9,7 @@ bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
   --noise SPEC      synthetic noise: gauss100, shot3, speckle0.4, rician60, impulse0.3, camera30,5, gauss50-255;
                     none (default): the images are noisy already
+  --range LOW,HIGH  values of files deeper than 8 bit that become black and white (default: measured)
   --preset NAME     tiny (64 x 64 images, laptop), small (1,000 to 50,000 images of 64 to 256 pixels), imagenet100 (default),
                     imagenet1k, demo
   --arms "A B"      of random noisy denoised nc nct clean (default: all; without clean where --noise is none)
@@ -24,13 +25,14 @@ TEXT
 fail() { echo "error: $*" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-data='' noise='' preset='' arms='' seeds=0 gpus=1 denoised='' shots='' out='' mode=run extra=()
+data='' noise='' range='' preset='' arms='' seeds=0 gpus=1 denoised='' shots='' out='' mode=run extra=()
 [ "${1-}" = test ] && { mode=test; shift; }
 while [ $mode = run ] && [ $# -gt 0 ]; do
   case $1 in
-    --data|--noise|--preset|--arms|--seeds|--gpus|--denoised|--shots|--out)
+    --data|--noise|--range|--preset|--arms|--seeds|--gpus|--denoised|--shots|--out)
       [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
       printf -v "${1#--}" %s "$2"; shift 2 ;;
+    --range=*) range=${1#*=}; shift ;;  # as the stages take a negative LOW
     --) shift; extra=("$@"); break ;;
     -h|--help) usage; exit 0 ;;
     *) usage >&2; fail "unknown argument $1" ;;
@@ -79,7 +81,7 @@ while [ $# -gt 0 ]; do
   case ${1%%=*} in
     --source|--stop|--init|--seed|--out) fail "-- $1: differs from run to run; use --arms, --seeds, --out, or pretrain.py itself" ;;
     --noise_seed) fail "-- $1: is for all stages; run them one by one" ;;
-    --data|--noise|--preset|--denoised) fail "-- $1: is for all stages; give it before --, or run the stages one by one" ;;
+    --data|--noise|--range|--preset|--denoised) fail "-- $1: is for all stages; give it before --, or run the stages one by one" ;;
   esac
   if [[ $1 == --*=* ]] && take "${1%%=*}" "${1#*=}"; then shift
   elif [ $# -ge 2 ] && take "$1" "$2"; then shift 2
@@ -178,6 +180,7 @@ processes() {  # how the next stages are started
 }
 
 common=(--data "$data" --noise "$noise" --preset "$preset")
+[ -z "$range" ] || common+=("--range=$range")
 pretrain() {  # run, arm, flags of its own
   local run=$1 arm=$2; shift 2
   GLIBC_TUNABLES=$keep stage "pretraining $arm, seed $seed" "${launch[@]}" "$here/pretrain.py" "${common[@]}" \

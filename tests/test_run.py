@@ -87,6 +87,10 @@ BAD = [  # flags, what the error line says, what is wrong with the data
     ("", "0001.png: not a readable image", corrupt),
     ("--preset small", "0001.png: not a readable image", corrupt),
     ("", "circles: class unknown to train", unknown_class),
+    ("--range", "--range needs a value"),
+    ("--range 5", "--range: must be two numbers"),
+    ("--range 0,100", ".png: is 8 bit, but other images, those trained on, or --range are deeper"),
+    ("-- --range 0,100", f"-- --range: {FOR_ALL}"),
     ("--preset huge", "--preset huge: use demo, tiny, small, imagenet100 or imagenet1k"),
     ("--arms foo", "--arms foo: unknown"),
     ("--arms clean", "--arms clean: with --noise none"),
@@ -449,6 +453,16 @@ def test_labels_images_and_flags_are_checked_before_anything_is_trained(tmp_path
     assert labels == ([], "probe.py check", shared)
     assert flags[1] == "pretrain.py check"
     assert flags[2].items() >= (shared | nct | {"--lr": "0.1"}).items()
+
+
+@pytest.mark.parametrize("given", [["--range", "-1000,400"], ["--range=-1000,400"]])
+def test_every_stage_gets_the_range_of_the_values(tmp_path, given):
+    images(tmp_path)
+    recorded(tmp_path, "--data", "data", "--preset", "tiny", "--out", "out", *given)
+    lines = (tmp_path / "ran").read_text().splitlines()
+    stages_of_images = [line for line in lines if "--data" in line]
+    assert len(stages_of_images) > 10
+    assert all(" --range=-1000,400" in line for line in stages_of_images)
 
 
 def test_images_that_are_noisy_already_have_no_clean_arm(tmp_path):
