@@ -10,6 +10,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import cells
 import numpy as np
 import pytest
 import torch
@@ -707,3 +708,20 @@ def test_quality_and_pictures_of_deep_images():
     assert sheet.getextrema()[0] == (0, 255)
     shown = np.asarray(denoise.picture(folder.read(0, "clean")))
     assert np.array_equal(shown, np.rint(folder.read(0, "clean")[0].numpy() / 257))
+
+
+# ==== the simulated microscope ====================================================================
+def test_simulated_cells_are_16_bit_stacks_with_the_noise_of_photons_and_reading():
+    cells.write("cells", train=6, val=3, size=48, pages=4)
+    train = common.Folder("cells")
+    assert train.labels() == [kind for kind in sorted(cells.KINDS) for _ in range(6)]
+    assert train.paths[:6] == [f"train/discs/00.tif#{k}" for k in (1, 2, 3, 4)] + [
+        f"train/discs/01.tif#{k}" for k in (1, 2)]
+    counts, means = (np.stack([common.read_image(Path(root, path)) for path in train.paths]).astype(float)
+                     for root in ("cells", "cells-means"))
+    noise, photons = counts - means, means - cells.OFFSET
+    assert abs(noise.mean()) < 0.3
+    for low, high in ((0, 10), (30, 80), (100, 300)):
+        level = (photons >= low) & (photons < high)
+        variance = photons[level].mean() + cells.READING**2
+        assert noise[level].var() == pytest.approx(variance, rel=0.15)
