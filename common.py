@@ -398,7 +398,7 @@ class Folder:
         headers = np.array(parallel(read_shape, files, "check"))  # (checked, 4)
         self.shapes = headers[:, :3]  # H, W, C
         self.channels = channels or int(self.shapes[:, 2].max())
-        self.deep = bool(headers[:, 3].any() if limits is None else limits)
+        self.deep = bool(headers[:, 3].mean() >= 0.5 if limits is None else limits)  # as most files are
         for file, header in zip(files, headers, strict=True):
             self.check(file, *header[2:])
         self.limits = self.measure(limits) if self.deep else []

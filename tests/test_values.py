@@ -287,10 +287,13 @@ def test_val_of_another_depth_than_train_is_refused(train, val):
         common.Folder(".", "val", channels=1, limits=folder.limits)
 
 
-def test_8_bit_and_deep_files_in_one_folder_are_refused():
-    save("a.png", counts(0, 0, 255, np.uint8))
-    save("b.png", counts(0, 0, 255))
-    with pytest.raises(UserError, match=r"a\.png: is 8 bit"):
+@pytest.mark.parametrize(("odd", "others", "words"), [
+    (np.uint8, np.uint16, "is 8 bit"), (np.uint16, np.uint8, "is deeper than 8 bit"),
+])
+def test_file_of_another_depth_than_most_is_refused_by_name(odd, others, words):
+    for name in "abcd":
+        save(f"{name}.png", counts(0, 0, 255, odd if name == "c" else others))
+    with pytest.raises(UserError, match=rf"c\.png: {words}"):
         common.Folder(".")
 
 
