@@ -15,6 +15,7 @@ bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --arms "A B"      of random noisy denoised nc nct clean (default: all; without clean where --noise is none)
   --seeds "0 1 2"   pretraining seeds (default 0)
   --gpus N          processes, one a GPU (default 1: the GPU if there is one, else the CPU)
+  --stride V,H      of the denoiser where noise is correlated: every V-th row, H-th column (default: measured)
   --denoised DIR    your own denoised images, same relative paths, instead of Neighbor2Neighbor's
   --shots 5,10,20   probe on so few labels a class, too
   --out DIR         default runs/<name of the data folder>
@@ -25,11 +26,11 @@ TEXT
 fail() { echo "error: $*" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-data='' noise='' range='' preset='' arms='' seeds=0 gpus=1 denoised='' shots='' out='' mode=run extra=()
+data='' noise='' range='' preset='' arms='' seeds=0 gpus=1 denoised='' stride='' shots='' out='' mode=run extra=()
 [ "${1-}" = test ] && { mode=test; shift; }
 while [ $mode = run ] && [ $# -gt 0 ]; do
   case $1 in
-    --data|--noise|--range|--preset|--arms|--seeds|--gpus|--denoised|--shots|--out)
+    --data|--noise|--range|--preset|--arms|--seeds|--gpus|--denoised|--stride|--shots|--out)
       [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
       printf -v "${1#--}" %s "$2"; shift 2 ;;
     --range=*) range=${1#*=}; shift ;;  # as the stages take a negative LOW
@@ -128,6 +129,7 @@ if uses "nc|nct"; then
   [ "$switch" -gt 0 ] && [ "$switch" -lt "$epochs" ] || fail "-- --switch $switch: must be between 0 and --epochs $epochs; give both"
 fi
 [ -z "$denoised" ] || uses "denoised|nc|nct" || fail "--denoised: none of --arms $arms uses it"
+[ -z "$stride" ] || { [ -z "$denoised" ] && uses "denoised|nc|nct"; } || fail "--stride: is for the denoiser, which is not trained here"
 [ -z "$denoised" ] || [ -d "$denoised" ] || fail "--denoised $denoised: no such folder"
 [ -z "$for_nct" ] || uses nct || fail "-- $for_nct: has no effect without the arm nct"
 [ -z "$for_nc" ] || uses "nc|nct" || fail "-- $for_nc: has no effect without the arms nc and nct"
@@ -229,7 +231,7 @@ all_stages() {
     local few=$gpus  # of processes, each of which takes a part of the denoiser's batch
     while [ $((batch % few)) -ne 0 ]; do few=$((few - 1)); done
     processes $few
-    stage "training the denoiser" "${launch[@]}" "$here/denoise.py" train "${common[@]}" --out "$out/denoiser"
+    stage "training the denoiser" "${launch[@]}" "$here/denoise.py" train "${common[@]}" ${stride:+--stride "$stride"} --out "$out/denoiser"
     processes "$gpus"
     stage "denoising the images" "${launch[@]}" "$here/denoise.py" apply "${common[@]}" --denoiser "$out/denoiser" --out "$copy"
   fi

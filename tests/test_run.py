@@ -98,6 +98,8 @@ BAD = [  # flags, what the error line says, what is wrong with the data
     ("--gpus 0", "--gpus 0: must be a whole number from 1"),
     ("--gpus 99", "--gpus 99: this machine has"),
     ("--denoised data", "--denoised: none of --arms noisy uses it"),
+    ("--stride 1,3", "--stride: is for the denoiser, which is not trained here"),
+    ("--arms denoised --denoised mine --stride 1,3", "--stride: is for the denoiser"),
     ("--arms nc --denoised nowhere", "--denoised nowhere: no such folder"),
     ("--arms denoised --denoised mine", "--denoised mine: has no val/", without_val),
     ("--arms denoised --denoised mine", "mine: 1 of 20 denoised images are missing", lacking("val")),
@@ -484,6 +486,12 @@ def test_denoised_images_of_ones_own_take_the_place_of_the_denoiser(tmp_path):
         pixels:
         pixels_denoised: --denoised mine
         probe.py report out""", "tiny")
+
+
+def test_stride_is_the_denoisers(tmp_path):
+    train, *others = stages(tmp_path, "tiny", "--arms", "nc", "--stride", "1,3")
+    assert train[2]["--stride"] == "1,3"
+    assert not any("--stride" in flags for _, _, flags in others)
 
 
 def test_anchor_of_imagenet1k_is_the_finished_denoised_teacher(tmp_path):
