@@ -138,7 +138,7 @@ def add_noise(image, spec, key, seed=0):
 
 
 # ==== images: files ===============================================================================
-# A path names a file or, where it holds several images, one of them: 'cat/stack.tif#3', counted from 1.
+# A path names a file or, where it holds several images, one of them, from 1: 'cat/stack.tif#3'.
 FORMATS = {suffix: kind for suffix, kind in Image.registered_extensions().items()
            if kind in Image.OPEN and kind != "MPEG"}
 PAGED = (".apng", *(suffix for suffix, kind in FORMATS.items() if kind in ("TIFF", "GIF", "WEBP", "AVIF")))
@@ -149,8 +149,8 @@ DEAD = 0.01  # share of a channel that may be NaN or infinite
 
 
 def reader(suffix):
-    """Register a reader of the files with this suffix: a function path -> array (H, W) or (H, W, C) of
-    any real dtype, or a list of them, each an image. Of several for a suffix the last one counts."""
+    """Register a reader of the files with this suffix: a function path -> array (H, W) or (H, W, C)
+    of any real dtype, or a list of them, each an image. Of several readers the last one counts."""
     def register(function):
         READERS[suffix] = function
         return function
@@ -176,7 +176,7 @@ def stem(path):
 
 
 def pages(path):
-    """How many images a file holds. 1 for a damaged or an empty one: reading it says what is wrong."""
+    """How many images a file holds. 1 for a damaged or empty one: reading it says what is wrong."""
     with suppress(Exception):
         if path.suffix.lower() in READERS:
             x = READERS[path.suffix.lower()](path)
@@ -187,8 +187,8 @@ def pages(path):
 
 
 def list_images(root):
-    """Relative posix paths of all images below root, sorted, pages in order; hidden ones and links to
-    folders seen left out."""
+    """Relative posix paths of all images below root, sorted, pages in order; hidden ones and links
+    to folders seen left out."""
     found, seen = [], set()
     suffixes = (*FORMATS, *READERS)
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -214,8 +214,8 @@ def list_images(root):
 
 
 def read_raw(path):
-    """One image, upright: (H, W, C) of any real dtype; palette, alpha, CMYK become RGB. Dead pixels are
-    NaN or infinite. path: of a file or of one of its images. Raises UserError."""
+    """One image, upright: (H, W, C) of any real dtype; palette, alpha, CMYK become RGB. Dead pixels
+    are NaN or infinite. path: of a file or of one of its images. Raises UserError."""
     name, page = split_page(path)
     file = Path(name)
     try:
@@ -281,8 +281,8 @@ def read_picture(path, page=0):
 
 
 def read_shape(path):
-    """(H, W, C, whether it is deeper than 8 bit) of one image. A PNG or JPEG that ends as it should is not
-    decoded, so damage in its middle shows only when it is read. Raises UserError."""
+    """(H, W, C, whether it is deeper than 8 bit) of one image. A PNG or JPEG that ends as it should
+    is not decoded, so damage in its middle shows only when it is read. Raises UserError."""
     if path.is_file():  # else, and for other formats, read_image says what is wrong
         with suppress(Exception), Image.open(path, formats=("PNG", "JPEG")) as image:
             image.fp.seek(-8, os.SEEK_END)
@@ -317,8 +317,8 @@ def to_range(x, low, high):
 
 
 def robust_range(values):
-    """(low, high) of a sample of values: what the middle 99.8 % span and half as much on either side,
-    but no further than the values go. So hot pixels do not count, and noise is not clipped."""
+    """(low, high) of a sample of values: what the middle 99.8 % span and half as much on either
+    side, but no further than the values go. So hot pixels do not count, and noise is not clipped."""
     least, most = values.min(), values.max()
     low, high = np.quantile(values, [0.001, 0.999])
     if low == high:  # nearly all of them are the same
@@ -328,8 +328,8 @@ def robust_range(values):
 
 
 def fill_dead(x, path):
-    """(H, W, C) whose NaN and infinite values become the mean of their finite neighbours, from the rim
-    inwards. Raises UserError where too many are dead."""
+    """(H, W, C) whose NaN and infinite values become the mean of their finite neighbours, from the
+    rim inwards. Raises UserError where too many are dead."""
     if x.dtype.kind != "f":
         return x
     dead = ~np.isfinite(x)
@@ -376,9 +376,9 @@ class Folder:
 
     data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
     noise. denoised: folder with the same relative paths, any suffix. channels, limits: those of
-    training, where this is another split; grey files may be among colour. limits: (low, high) of the
-    values; [] for 8-bit files; None: measured here. Raises UserError: for up to CHECKED images here,
-    for others when they are read."""
+    training, where this is another split; grey files may be among colour. limits: (low, high) of
+    the values; [] for 8-bit files; None: measured here. Raises UserError: for up to CHECKED images
+    here, for others when they are read."""
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None, limits=None):
         parse_noise(spec)  # a bad spec is named first
         self.data, self.split, self.spec, self.seed = Path(data), split, spec, seed
@@ -603,8 +603,8 @@ def resize(image, height, width):
 
 
 def cut(image, box, flip, size, turns=0):
-    """uint8 or uint16 (C, H, W) to (C, size, size): cut first, then resized, then mirrored, then turned
-    by so many quarter turns."""
+    """uint8 or uint16 (C, H, W) to (C, size, size): cut first, then resized, then mirrored, then
+    turned by so many quarter turns."""
     top, left, h, w = box
     x = resize(image[:, top:top + h, left:left + w], size, size)
     kind = x.dtype
