@@ -66,7 +66,7 @@ SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choic
 SEARCHED = ("noisy", "nct", "denoised", "clean")
 ANCHOR = 4  # weight in the arm nct
 SEARCH_ANCHOR = {  # of nct alone: epochs on denoised images, weight of the anchor
-    "anchor1": (12, 1), "anchor10": (12, 10), "switch6": (6, ANCHOR),
+    "anchor1": (12, 1), "anchor10": (12, 10), "switch6": (6, ANCHOR), "switch6-anchor10": (6, 10),
 }
 ARMS = ("pixels", "random", "noisy", "nc", "nct", "denoised", "clean")
 SEEDS = (0, 1, 2)
