@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import cells
 import numpy as np
 import pytest
 import shapes
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from test_fuzz import ARMS, CHAIN, ROOT, contents, environment, results
 
+import common
 import denoise
 import pretrain
 import probe
@@ -224,6 +226,28 @@ def test_chain_trains_the_denoised_run_once_and_nct_from_its_middle(chain):
     seconds = json.loads((out / "pretrain/nct-seed0/summary.json").read_text())["seconds"]
     log = (out / "pretrain/nct-seed0/log.jsonl").read_text().splitlines()
     assert seconds > json.loads(log[-1])["seconds"]  # with those of the first phase
+
+
+def test_stacks_of_a_microscope_go_through_every_stage_with_16_bits(tmp_path):
+    """Every page is an image; one range, measured on train, is that of every stage; denoised pages
+    are 16-bit PNG of more levels than 8 bit has."""
+    cells.write(tmp_path / "cells", train=12, val=6, size=48, pages=4)
+    small = str.split("--epochs 2 --switch 1 --arch 16,2,2 --prototypes 16 --log_steps 1 --rotate")
+    done = run_sh(tmp_path, *str.split("--data cells --preset demo --arms nct --shots 5"), "--", *small)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs/cells"
+    made = json.loads((out / "denoised/made_by.json").read_text())
+    low, high = made["range"]
+    assert 40 < low < 100 < 200 < high < 600  # counts
+    for file in ("pretrain/nct-seed0/config.json", "probe/nct-seed0.json", "probe/pixels-seed0.json"):
+        assert json.loads((out / file).read_text())["range"] == [low, high]
+    for split, pages in (("train", 48), ("val", 24)):
+        files = common.list_images(out / "denoised" / split)
+        assert len(files) == pages and files[2].endswith("discs/00#3.png")
+    with Image.open(out / "denoised/train/discs/00#3.png") as page:
+        assert page.mode.startswith("I") and len(np.unique(page)) > 300
+    report = (out / "results.md").read_text()
+    assert all(f"({name}.png)" in report for name in ("samples", "features", "curves"))
 
 
 def test_stages_are_numbered_with_the_time_that_the_last_one_took(chain):
