@@ -377,8 +377,8 @@ class Folder:
     data: DIR with train/ and val/; or, for split 'train', any folder of images. spec: synthetic
     noise. denoised: folder with the same relative paths, any suffix. channels, limits: those of
     training, where this is another split; grey files may be among colour. limits: (low, high) of
-    the values; [] for 8-bit files; None: measured here. Raises UserError: for up to CHECKED images
-    here, for others when they are read."""
+    the values; [] for 8-bit files; None: measured here. Broken or unlike images raise UserError:
+    here for up to CHECKED of them, for others when they are read."""
     def __init__(self, data, split="train", spec="none", seed=0, denoised=None, channels=None, limits=None):
         parse_noise(spec)  # a bad spec is named first
         self.data, self.split, self.spec, self.seed = Path(data), split, spec, seed

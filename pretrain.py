@@ -3,7 +3,7 @@ frozen teacher that sees the same crops denoised.
 
     python pretrain.py --preset tiny --data DIR --noise gauss100 --source noisy --out OUT/noisy
 
-A noise curriculum is two runs. The last line, the anchor's, makes it NCT; without it, it is NC:
+A noise curriculum is two runs. The last line, the anchor's, makes it NCT; without it, it is NC.
 
     python pretrain.py ... --source denoised --denoised DENOISED --epochs 10 --stop 6 --out OUT/first
     python pretrain.py ... --source noisy --epochs 4 --init OUT/first/epoch6.pth --out OUT/nct \\
@@ -214,8 +214,8 @@ def step_losses(args, run, crops, data, temp, keep=(None, None)):
 
     crops: of make_crops, by source. The student sees global and local crops of args.source, half of
     the global ones masked. The live teacher sees the same global crops unmasked. The anchor sees
-    the same global crops cut from the denoised image, unmasked. Its two terms have the weight
-    args.anchor only; args.ibot_weight scales the iBOT term of the live teacher alone.
+    the same global crops cut from the denoised image, unmasked. Both its terms are multiplied by
+    args.anchor, and not by args.ibot_weight. data: masks and picked, of make_batch.
 
     For a loss of your own change this function, and give the same three. 'total' comes first. If there
     is no 'dino' or there are no targets, change monitors() and collapse(), too."""
@@ -350,7 +350,7 @@ class Run:
 
         With --init student, teacher, heads and centres stay. Optimiser, schedules, warm-ups and the
         freezing of the prototypes start anew. Mean and standard deviation, for the normalisation,
-        are measured from the same noisy images again."""
+        are measured from the same noisy images again, with the same result."""
         args, seconds, needs = self.args, 0.0, {*NETWORKS, "position"}
         if args.init_backbone:
             weights = c.read_backbone(args.init_backbone)

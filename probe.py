@@ -379,7 +379,7 @@ def hold_out(y, seed, share=0.1):
 
 
 def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
-    """Train the 52 heads on nine tenths of (V, N, 5, D) features, choose one on the rest; val has
+    """Train the 52 heads (13 rates, 4 inputs) on nine tenths of (V, N, 5, D) features, choose one on the rest; val has
     no part in it. The best has the highest balanced accuracy: plain accuracy would choose a head that
     always answers the largest class. Gives its (tokens, weight, bias), and what was chosen."""
     held = hold_out(y, args.seed)
