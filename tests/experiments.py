@@ -65,7 +65,8 @@ SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choic
 }
 SEARCHED = ("noisy", "nct", "denoised", "clean")
 ANCHOR = 4  # weight in the arm nct
-SEARCH_ANCHOR = {  # of nct alone: epochs on denoised images, weight of the anchor
+SEARCH_CURRICULUM = {"tiny": 12, "switch6": 6}  # of nc: epochs on denoised images
+SEARCH_ANCHOR = {  # of nct: the same and the weight of the anchor
     "anchor1": (12, 1), "anchor10": (12, 10), "switch6": (6, ANCHOR), "switch6-anchor10": (6, 10),
 }
 ARMS = ("pixels", "random", "noisy", "nc", "nct", "denoised", "clean")
@@ -175,9 +176,12 @@ ABLATED = (Setting("gauss100"), Setting("gauss255"))
 def plan():
     """{name of a run: its commands, the one that makes its figures last}."""
     runs = {f"search-{name}-{arm}": search(name, arm) for arm in SEARCHED for name in SEARCH}
+    for name, switch in SEARCH_CURRICULUM.items():
+        run = f"search-{name}-nc"
+        runs[run] = search_curriculum(run, "tiny", switch)
     for name, (switch, weight) in SEARCH_ANCHOR.items():
         run = f"search-{name}-nct"
-        runs[run] = search_nct(run, "tiny", switch, weight)
+        runs[run] = search_curriculum(run, "tiny", switch, weight)
     for noise in ("gauss100", "none"):
         pixels = f"search-pixels-{noise}"
         runs[pixels] = [stage("probe.py", "OUT/search", noise, f"--pixels --out OUT/{pixels}.json")]
@@ -207,7 +211,7 @@ def search(name, arm):
     """Commands of a run on OUT/search, of which `val` is a quarter of the training images."""
     run, (epochs, switch) = f"search-{name}-{arm}", search_length(name)
     if arm == "nct":
-        return search_nct(run, name, switch, ANCHOR)
+        return search_curriculum(run, name, switch, ANCHOR)
     if arm == "denoised":
         return [*search_denoised(name, epochs), probe_of(run, "gauss100", "denoiser-search", "OUT/search")]
     noise = "none" if arm == "clean" else "gauss100"
@@ -235,12 +239,13 @@ def search_denoised(name, until):
     return [*denoised_copy(copy), *commands]
 
 
-def search_nct(run, name, switch, weight):
-    """Commands of a curriculum with an anchor, by the recipe of that name."""
-    epochs = search_length(name)[0] - switch
-    start = f"--warmup_epochs 1 --init OUT/search-{name}-denoised/epoch{switch}.pth --anchor {weight}"
-    flags = f"--source noisy --denoised OUT/denoiser-search/images --epochs {epochs}"
-    noisy = search_pretrain(run, f"{flags} {SEARCH[name]} {start}".replace("  ", " "))
+def search_curriculum(run, name, switch, weight=0):
+    """Commands of a curriculum by the recipe of that name: NC; with an anchor NCT."""
+    flags = f"--source noisy --epochs {search_length(name)[0] - switch} {SEARCH[name]}".strip()
+    flags += f" --warmup_epochs 1 --init OUT/search-{name}-denoised/epoch{switch}.pth"
+    if weight:
+        flags += f" --denoised OUT/denoiser-search/images --anchor {weight}"
+    noisy = search_pretrain(run, flags)
     return [*search_denoised(name, switch), noisy, probe_of(run, "gauss100", data="OUT/search")]
 
 
