@@ -109,11 +109,11 @@ done
 # weight (the paper's, by noise), the denoiser's batch
 case $preset in
   demo) length=12 part=8 noisy_flags=(--warmup_epochs 1) weight=4 batch=16 ;;
-  tiny) length=60 part=36 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
+  tiny) length=60 part=18 noisy_flags=(--warmup_epochs 1) weight=4 batch=4 ;;
   small)  # 4,000 steps of 64 images, at least 20 epochs
     images=$("$python" "$here/pretrain.py" check --data "$data" --out none) || exit 2
     images=${images% images*} images=${images##* } weight=4 batch=4 noisy_flags=(--warmup_epochs 1)
-    length=$((256000 / images)) length=$((length > 20 ? length : 20)) part=$((length * 6 / 10)) ;;
+    length=$((256000 / images)) length=$((length > 20 ? length : 20)) part=$((length * 3 / 10)) ;;
   imagenet100)
     length=200 part=140 noisy_flags=() batch=4
     case $noise in gauss100) weight=4 ;; gauss255) weight=1.1 ;; shot1) weight=5 ;; speckle1|speckle1.0) weight=2 ;; *) weight=1 ;; esac ;;

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 OLD = "cb52cd3/"
 
 # ==== what is compared ============================================================================
-EPOCHS, SWITCH = 60, 36  # of every arm; those of a curriculum on denoised images
+EPOCHS, SWITCH = 60, 18  # of every arm; those of a curriculum on denoised images
 PATCH16 = "--patch_size 16 --global_size 64 --local_size 32"  # at half the cost of an epoch
 CENTER = "--centering center --teacher_temp 0.04"
 SHORT, LONG = (20, 12), (EPOCHS, SWITCH)  # the same of the search, which is shorter
@@ -72,7 +72,7 @@ SEARCH_ANCHOR = {  # of nct: the same and the weight of the anchor
 ARMS = ("pixels", "random", "noisy", "nc", "nct", "denoised", "clean")
 SEEDS = (0, 1, 2)
 NOISES = ("gauss50", "shot3", "speckle0.7", "rician60", "impulse0.3")  # one seed each
-SWITCHES = (0.3, 0.5, 0.7, 0.9)  # parts of the epochs
+SWITCHES = (0.15, 0.5, 0.7, 0.9)  # parts of the epochs
 ANCHORS = (0.5, 1, 2)
 DENOISERS = {  # name: (noise, data, flags of denoise.py train)
     **{f"denoiser-{k}": (k, "DATA", "") for k in ("gauss100", "gauss255", *NOISES)},

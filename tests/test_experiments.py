@@ -37,8 +37,8 @@ def test_the_plan_has_every_arm_and_ablation():
         assert f"{base}-pixels-seed0" in names and f"{base}-pixels-seed1" not in names
         for arm in ("random", "noisy", "nc", "nct", "denoised"):
             assert {f"{base}-{arm}-seed{seed}" for seed in (0, 1, 2)} <= names
-    ablated = {"gauss100-switch18", "gauss100-live", "gauss100-anchor0.5", "weak-gauss100-nct-seed0",
-               "gauss255-switch18", "impulse0.3-nct-seed0", "search-lr0.004-clean"}
+    ablated = {"gauss100-switch9", "gauss100-live", "gauss100-anchor0.5", "weak-gauss100-nct-seed0",
+               "gauss255-switch30", "impulse0.3-nct-seed0", "search-lr0.004-clean"}
     assert ablated <= names
 
 

@@ -435,21 +435,21 @@ def plan(text, preset, noise="gauss50", seed=0, launch=()):
 
 def test_every_arm_is_pretrained_and_probed_on_the_images_of_its_kind(tmp_path):
     """Clean images for the arm clean, denoised ones and a denoiser for the arm that keeps it,
-    noisy for the rest; nc and nct start where the denoised run was after 36 epochs."""
+    noisy for the rest; nc and nct start where the denoised run was after 18 epochs."""
     assert stages(tmp_path, "tiny") == plan("""
         denoise.py train --out out/denoiser
         denoise.py apply --denoiser out/denoiser --out out/denoised
-        denoised> --source denoised --denoised out/denoised --epochs 60 --stop 36
+        denoised> --source denoised --denoised out/denoised --epochs 60 --stop 18
         random> --source noisy --epochs 0
         random:
         noisy> --source noisy --epochs 60
         noisy:
         denoised> --source denoised --denoised out/denoised --epochs 60
         denoised: --denoised out/denoised --denoiser out/denoiser
-        nc> --source noisy --epochs 24 --init out/pretrain/denoised-seed0/epoch36.pth \
+        nc> --source noisy --epochs 42 --init out/pretrain/denoised-seed0/epoch18.pth \
  --warmup_epochs 1
         nc:
-        nct> --source noisy --epochs 24 --init out/pretrain/denoised-seed0/epoch36.pth \
+        nct> --source noisy --epochs 42 --init out/pretrain/denoised-seed0/epoch18.pth \
  --warmup_epochs 1 --denoised out/denoised --anchor 4
         nct:
         clean> --source clean --epochs 60
@@ -501,10 +501,10 @@ def test_images_that_are_noisy_already_have_no_clean_arm(tmp_path):
 def test_denoised_images_of_ones_own_take_the_place_of_the_denoiser(tmp_path):
     ran = stages(tmp_path, "tiny", "--denoised", "mine", "--arms", "denoised nct")
     assert ran == plan("""
-        denoised> --source denoised --denoised mine --epochs 60 --stop 36
+        denoised> --source denoised --denoised mine --epochs 60 --stop 18
         denoised> --source denoised --denoised mine --epochs 60
         denoised: --denoised mine
-        nct> --source noisy --epochs 24 --init out/pretrain/denoised-seed0/epoch36.pth \
+        nct> --source noisy --epochs 42 --init out/pretrain/denoised-seed0/epoch18.pth \
  --warmup_epochs 1 --denoised mine --anchor 4
         nct:
         pixels:
@@ -583,10 +583,10 @@ def test_each_seed_is_a_run_of_its_own_and_each_gpu_a_process(tmp_path):
     launch = str.split("-m torch.distributed.run --standalone --nproc_per_node 2 --")
     expected = []
     for seed in (0, 3):
-        init = f"out/pretrain/denoised-seed{seed}/epoch36.pth"
+        init = f"out/pretrain/denoised-seed{seed}/epoch18.pth"
         expected += plan(f"""
-            denoised> --source denoised --denoised mine --epochs 60 --stop 36
-            nc> --source noisy --epochs 24 --init {init} --warmup_epochs 1
+            denoised> --source denoised --denoised mine --epochs 60 --stop 18
+            nc> --source noisy --epochs 42 --init {init} --warmup_epochs 1
             nc:""", "tiny", seed=seed, launch=launch)
     expected += plan("""
         pixels:
@@ -604,7 +604,7 @@ def nct_flags(folder, preset, noise):
 
 @pytest.mark.parametrize("preset, first_phase, warmup, temp_warmup", [
     ("demo", 8, "1", None),
-    ("tiny", 36, "1", None),
+    ("tiny", 18, "1", None),
     ("imagenet100", 140, None, None),  # the paper's, as the next one
     ("imagenet1k", 30, "5", "15"),
 ])
@@ -620,7 +620,7 @@ def test_preset_sets_the_length_of_both_phases_and_the_warm_ups_of_the_noisy_one
     assert "--warmup_epochs" not in first and "--teacher_temp_warmup_epochs" not in first
 
 
-@pytest.mark.parametrize("images, epochs, switch", [(1000, 256, 153), (4000, 64, 38), (50000, 20, 12)])
+@pytest.mark.parametrize("images, epochs, switch", [(1000, 256, 76), (4000, 64, 19), (50000, 20, 6)])
 def test_small_trains_4000_steps_and_at_least_20_epochs(tmp_path, monkeypatch, images, epochs, switch):
     monkeypatch.setenv("IMAGES", str(images))
     first, nct = nct_flags(tmp_path, "small", "none")
