@@ -202,12 +202,13 @@ def list_images(root):
         for name in files:
             if name.lower().endswith(suffixes) and not name.startswith("."):
                 found.append(Path(folder, name).relative_to(root).as_posix())
+    found.sort()
     several = tuple({*PAGED, *READERS} - {".npy"})
-    files = [path for path in sorted(found) if path.lower().endswith(several)]
+    files = [path for path in found if path.lower().endswith(several)]
     counts = parallel(lambda path: pages(Path(root, path)), files, "pages") if files else []
     counts = dict(zip(files, counts, strict=True))
     images = []
-    for path in sorted(found):
+    for path in found:
         count = counts.get(path, 1)
         images += [path] if count == 1 else [f"{path}#{page}" for page in range(1, count + 1)]
     return images
@@ -433,11 +434,11 @@ class Folder:
             return alive, dead
 
         samples, dead = zip(*parallel(sample, self.spread(most), "values"), strict=True)
-        sample = np.concatenate(samples)
-        low, high = map(float, limits or robust_range(sample))
+        alive = np.concatenate(samples)
+        low, high = map(float, limits or robust_range(alive))
         if low >= high:
             raise UserError(f"{self.data}: all values are {low}; nothing can be learned from them")
-        outside = 100 * np.mean((sample < low) | (sample > high))
+        outside = 100 * np.mean((alive < low) | (alive > high))
         text = f"{self.split}: values from {low:g} to {high:g} become black to white, {outside:.2g} % are clipped"
         if any(dead):
             images = np.count_nonzero(dead)
@@ -1466,8 +1467,8 @@ def read_flags(argv, doc, presets, groups, choices=(), positive=()):
 
 
 def check_limits(limits):
-    whole = all(map(math.isfinite, limits))
-    if limits and (len(limits) != 2 or not whole or limits[0] >= limits[1]):
+    finite = all(map(math.isfinite, limits))
+    if limits and (len(limits) != 2 or not finite or limits[0] >= limits[1]):
         raise UserError("--range: must be two numbers, the lower one first: --range=-1000,400")
 
 

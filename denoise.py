@@ -532,12 +532,13 @@ def check_target(args, model, settings):
     out = Path(args.out)
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
     maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32], **settings}
-    note, found = out / "made_by.json", c.list_images(out)
+    note = out / "made_by.json"
     if note.exists():
-        c.check_config(c.read_json(note), maker, (), out)
-    elif found:
+        return c.check_config(c.read_json(note), maker, (), out)
+    found = c.list_images(out)
+    if found:
         raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; name another folder")
-    elif c.world()[0] == 0:
+    if c.world()[0] == 0:
         c.write_json(note, maker)
 
 

@@ -137,7 +137,7 @@ class Backbone:
         return torch.stack([*tokens, layers[0]["patches"].mean(1)], 1).float()
 
     def tokens(self, crops):
-        """uint8 crops (B, C, S, S) to (B, 2 + N, D) float32, of the last block: the class token,
+        """Crops (B, C, S, S) to (B, 2 + N, D) float32, of the last block: the class token,
         the mean patch token, all patch tokens."""
         last = self.last_layers(crops, 1)[0]
         patches = last["patches"]
@@ -221,10 +221,8 @@ def crop_views(args, image, views, path):
 def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None):
     """Features of every image in order, (1 + views, N, 5, D), on the first process; None on the
     others. denoiser: a model that the images go through first."""
-    features = []
-    for block in embed_blocks(args, backbone.embed, folder, source, device, views, denoiser):
-        if c.world()[0] == 0:
-            features.append(block)
+    blocks = embed_blocks(args, backbone.embed, folder, source, device, views, denoiser)
+    features = [block for block in blocks if c.world()[0] == 0]
     return torch.cat(features, 1) if features else None
 
 
@@ -287,8 +285,9 @@ def write_embeddings(args, device):
         files = {name: stack.enter_context(tempfile.TemporaryFile(dir=out.parent)) for name in parts}
         for block in embed_blocks(args, wanted, folder, "noisy", device):
             arrays = {name: block[0, :, part].numpy() for name, part in parts.items()}
-            for name, array in arrays.items() if first else ():
-                files[name].write(array.tobytes())
+            if first:
+                for name, array in arrays.items():
+                    files[name].write(array.tobytes())
         shapes = {name: (len(folder), *array.shape[1:]) for name, array in arrays.items()}
         if first:
             c.write_atomic(out, lambda file: write_npz(file, folder.paths, files, shapes))
@@ -379,9 +378,10 @@ def hold_out(y, seed, share=0.1):
 
 
 def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
-    """Train the 52 heads (13 rates, 4 inputs) on nine tenths of (V, N, 5, D) features, choose one on the rest; val has
-    no part in it. The best has the highest balanced accuracy: plain accuracy would choose a head that
-    always answers the largest class. Gives its (tokens, weight, bias), and what was chosen."""
+    """Train the 52 heads (13 rates, 4 inputs) on nine tenths of (V, N, 5, D) features, choose one on
+    the rest; val has no part in it. The best has the highest balanced accuracy: plain accuracy would
+    choose a head that always answers the largest class. Gives its (tokens, weight, bias), and what
+    was chosen."""
     held = hold_out(y, args.seed)
     (keep,) = torch.where(~held)
     best = {"held_out": -1}
