@@ -745,8 +745,11 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        if x.device.type == "cpu":
+            qkv = qkv.float()  # of torch's kernels for CPUs, the one for bf16 takes several times as long
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        with torch.autocast("cpu", enabled=False):
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
@@ -1119,13 +1122,18 @@ def share(n, images):
     return n, slice(rank * each, (rank + 1) * each)
 
 
+def fast_amp(device):
+    """The --amp that a device is fastest with. A CPU needs matrix units for bf16 (AMX)."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch before 2.10
+    return "bf16" if capabilities.get("amx_bf16") else "off"
+
+
 def autocast(device, amp):
     """(autocast context factory, gradient scaler: the identity but for fp16). Raises UserError."""
     if amp == "auto":
-        amp = "off"
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            amp = "bf16" if native else "fp16"
+        amp = fast_amp(device)
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16: is for GPUs; use bf16 or off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -1410,7 +1418,7 @@ DATA_FLAGS = {
 }
 RUNNING_FLAGS = {
     "device": ("auto", "cuda, cuda:1, cpu"),
-    "amp": ("auto", "auto: bf16 on GPUs that have it, fp16 on others, off on CPUs"),
+    "amp": ("auto", "auto: bf16 on GPUs and CPUs with units for it, fp16 on other GPUs, else off"),
     "workers": (min(16, cores), "processes that read and cut images, of each process"),
 }
 TRAINING_FLAGS = {

@@ -54,9 +54,10 @@ APPLY_FLAGS = {
     "denoiser": ("", "folder of a trained denoiser, or a file of Neighbor2Neighbor's weights"),
     "tile": (1024, "higher images go through in overlapping strips of so many rows"),
 }
+EXACT = {"amp": ("off", "bf16 is faster, and keeps 8 bits of the images")}
 GROUPS = {
     "train": {"data": c.DATA_FLAGS, "train": TRAIN_FLAGS | c.TRAINING_FLAGS, "running": c.RUNNING_FLAGS},
-    "apply": {"data": c.DATA_FLAGS, "apply": APPLY_FLAGS, "running": c.RUNNING_FLAGS},
+    "apply": {"data": c.DATA_FLAGS, "apply": APPLY_FLAGS, "running": c.RUNNING_FLAGS | EXACT},
 }
 POSITIVE = ("epochs", "batch_size", "patch", "width", "lr", "log_steps", "tile")
 STATE = {"model", "optimizer", "scaler", "position", "config"}  # what a checkpoint holds
@@ -410,14 +411,14 @@ def autocorrelation(residual):
     return share.nan_to_num().item()  # 0 for an image of one row
 
 
-def quality(model, folder, device, context, most=32):
+def quality(model, folder, device, most=32):
     """Mean over up to `most` images: the residual's autocorrelation on sub-lattices, and, where
     synthetic noise makes them known, PSNR (dB) of noisy and denoised against clean and
     E[noisy | clean]."""
     rows, (down, across) = [], model.stride
     for i in folder.spread(most):
         image = folder.read(i)
-        denoised = denoise(model, image[None], device, context=context)[0]
+        denoised = denoise(model, image[None], device)[0]
         noisy, denoised = c.to_float(image), c.to_float(denoised)
         row = {"autocorrelation": autocorrelation((noisy - denoised)[:, ::down, ::across])}
         if folder.spec != "none":
@@ -487,7 +488,7 @@ def train(args, device):
     if fit(args, loop, make, context, **parts):
         return c.EXIT_STOPPED
     if c.world()[0] == 0:
-        measured = quality(model.eval(), tested, device, context)
+        measured = quality(model.eval(), tested, device)
         c.write_json(out / "quality.json", measured)
         report(measured, tested.split)
     return 0

@@ -248,7 +248,7 @@ def embed_blocks(args, embed, folder, source, device, views=0, denoiser=None):
     left = len(folder)
     for chunk, batch in zip(mine, bar, strict=True):
         if denoiser:
-            batch = crop(chunk, denoise.denoise_list(denoiser, batch, device, context=context))
+            batch = crop(chunk, denoise.denoise_list(denoiser, batch, device))
         with context():
             embedded = torch.stack([embed(view.to(device)) for view in batch]).cpu()
         block = F.pad(embedded, (0, 0, 0, 0, 0, CHUNK - len(chunk)))  # (1 + views, CHUNK, tokens, D)

@@ -711,6 +711,21 @@ def test_layer_scale_of_1e_5_survives_half_precision(dtype, tolerance):
     assert (y - expected).norm() < tolerance * expected.norm()
 
 
+def test_attention_of_a_cpu_is_float32_under_autocast(monkeypatch):
+    """Torch's kernels for bf16 take several times as long there."""
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*inputs):
+        result = attention(*inputs)
+        seen.extend(x.dtype for x in (*inputs, result))
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        small_vit()(images(2))
+    assert set(seen) == {torch.float32}
+
+
 @torch.no_grad()
 def test_tokens_stay_float32_under_autocast_from_block_to_block():
     """Else a branch of 1e-5 would be lost in the sum."""

@@ -1065,9 +1065,21 @@ def test_devices_that_are_not_there_are_refused_by_name(device):
         common.setup(device)
 
 
+@pytest.mark.parametrize(("capabilities", "fast"), [
+    ({"amx_bf16": True}, "bf16"), ({"amx_bf16": False, "avx512_bf16": True}, "off"), ({}, "off")])
+def test_auto_is_bf16_on_cpus_with_matrix_units_for_it(monkeypatch, capabilities, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert common.fast_amp(CPU) == fast
+    context, _ = common.autocast(CPU, "auto")
+    with context():
+        assert torch.is_autocast_enabled("cpu") == (fast == "bf16")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+    assert common.fast_amp(CPU) == "off"
+
+
 def test_amp_off_is_float32_and_bf16_is_bf16():
     linear = torch.nn.Linear(2, 2)
-    for amp, dtype in [("auto", torch.float32), ("off", torch.float32), ("bf16", torch.bfloat16)]:
+    for amp, dtype in [("off", torch.float32), ("bf16", torch.bfloat16)]:
         context, scaler = common.autocast(CPU, amp)
         with context():
             assert linear(torch.ones(1, 2)).dtype == dtype

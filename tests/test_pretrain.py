@@ -29,7 +29,7 @@ from common import UserError
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-RUNNING = "--preset tiny --device cpu --workers 0 --log_steps 1 --noise gauss50 --seed 0"
+RUNNING = "--preset tiny --device cpu --amp off --workers 0 --log_steps 1 --noise gauss50 --seed 0"
 MODEL = """--arch 16,2,2 --patch_size 8 --layer_scale 1 --prototypes 16 --head_hidden 16
     --head_bottleneck 8 --global_size 32 --local_size 16 --local_crops 2"""
 TRAINING = """--batch_size 8 --lr 0.02 --layer_decay 0.9 --patch_embed_lr 0.2 --warmup_epochs 0
@@ -972,6 +972,16 @@ def test_two_processes_give_the_losses_and_monitors_of_one(images, runs, tmp_pat
                 assert b[name] == close, (kind, name)
         last.add(one[-1]["dino"])
     assert len(last) == 3
+
+
+def test_bf16_gives_the_losses_of_float32_but_for_rounding(images, runs, tmp_path):
+    flags = [*images.anchored, "--epochs", 2, *runs.init]
+    train(tmp_path / "float32", *flags)
+    train(tmp_path / "bf16", *flags, "--amp", "bf16")
+    for a, b in zip(log(tmp_path / "float32"), log(tmp_path / "bf16"), strict=True):
+        for name in ("total", "dino", "ibot", "koleo", "anchor_dino", "anchor_ibot", "entropy"):
+            assert b[name] == pytest.approx(a[name], rel=1e-2, abs=1e-3), name
+        assert a["total"] != b["total"]
 
 
 # ==== data of one step ============================================================================

@@ -26,7 +26,7 @@ from common import UserError
 
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PLAIN = ["--workers", "0", "--device", "cpu"]
+PLAIN = ["--workers", "0", "--device", "cpu", "--amp", "off"]  # float32, whatever the CPU
 SIZE = ["--img_size", "32", "--resize", "32"]
 QUICK = [*PLAIN, *SIZE, "--iterations", "20"]
 NOISE = ["--noise", "gauss50"]

@@ -704,7 +704,7 @@ def test_quality_and_pictures_of_deep_images():
     folder = common.Folder("data", spec="gauss25")
     half = torch.nn.Identity()
     half.depth, half.stride = 1, (1, 1)
-    q = denoise.quality(half, folder, torch.device("cpu"), common.nullcontext)
+    q = denoise.quality(half, folder, torch.device("cpu"))
     assert q["noisy_clean"] == pytest.approx(q["denoised_clean"], abs=1e-3)
     assert q["noisy_clean"] == pytest.approx(20.2, abs=0.4)  # -20 log10(25 / 255)
     sheet = probe.grid({"noisy": [folder.read(0)], "clean": [folder.read(0, "clean")]})
