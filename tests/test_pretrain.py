@@ -975,13 +975,14 @@ def test_two_processes_give_the_losses_and_monitors_of_one(images, runs, tmp_pat
 
 
 def test_bf16_gives_the_losses_of_float32_but_for_rounding(images, runs, tmp_path):
-    flags = [*images.anchored, "--epochs", 2, *runs.init]
-    train(tmp_path / "float32", *flags)
-    train(tmp_path / "bf16", *flags, "--amp", "bf16")
-    for a, b in zip(log(tmp_path / "float32"), log(tmp_path / "bf16"), strict=True):
-        for name in ("total", "dino", "ibot", "koleo", "anchor_dino", "anchor_ibot", "entropy"):
-            assert b[name] == pytest.approx(a[name], rel=1e-2, abs=1e-3), name
-        assert a["total"] != b["total"]
+    """In the first step, of the same weights."""
+    losses = []
+    for amp in ("off", "bf16"):
+        train(tmp_path / amp, *images.anchored, *runs.init, "--epochs", 1, "--amp", amp)
+        losses.append(log(tmp_path / amp)[0])
+    for name in ("total", "dino", "ibot", "koleo", "anchor_dino", "anchor_ibot", "entropy"):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=3e-2), name
+        assert losses[1][name] != losses[0][name]
 
 
 # ==== data of one step ============================================================================
