@@ -10,8 +10,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -972,6 +974,39 @@ def test_two_processes_give_the_losses_and_monitors_of_one(images, runs, tmp_pat
                 assert b[name] == close, (kind, name)
         last.add(one[-1]["dino"])
     assert len(last) == 3
+
+
+def test_two_nodes_give_the_losses_of_one_process_and_go_on_after_one_was_lost(images, tmp_path):
+    """Two agents of torchrun, as on two machines; the second and its process are killed on the way."""
+    flags = [*images.noisy, "--epochs", 20]
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--rdzv_backend", "c10d",
+              "--rdzv_endpoint", f"localhost:{port}", "--", str(ROOT / "pretrain.py")]
+    command = [sys.executable, *launch, *TINY, *flags, "--out", tmp_path / "nodes"]
+
+    def start():
+        with open(tmp_path / "said", "wb") as said:
+            return [subprocess.Popen([*map(str, command)], stdout=said, stderr=subprocess.STDOUT,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+
+    first, second = start()
+    written = tmp_path / "nodes/log.jsonl"
+    while first.poll() is None and len(common.read_log(written)) < 4:
+        time.sleep(0.05)
+    subprocess.run(["pkill", "-KILL", "-P", str(second.pid)], check=True)
+    second.kill()
+    assert first.wait(60) != 0
+    assert "another process has failed" in (tmp_path / "said").read_text()
+    assert not (tmp_path / "nodes/summary.json").exists()
+    second.wait()
+
+    assert [node.wait(60) for node in start()] == [0, 0]
+    train(tmp_path / "one", *flags)
+    one, two = log(tmp_path / "one"), log(tmp_path / "nodes")
+    assert len(one) == len(two) == 20 * STEPS
+    for a, b in zip(one[:30], two[:30], strict=True):  # later, rounding has grown
+        assert b["total"] == pytest.approx(a["total"], rel=1e-4)
 
 
 def test_bf16_gives_the_losses_of_float32_but_for_rounding(images, runs, tmp_path):
