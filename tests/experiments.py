@@ -1,8 +1,8 @@
 """The experiments of results/README.md: run those that are missing, then make the tables.
 
     python tests/experiments.py --list                           the names of all runs
-    python tests/experiments.py --data DATA --kodak KODAK        all of them: ten hours on two cores
-    python tests/experiments.py --data DATA --only gauss100-nct-seed0      one, about 15 minutes
+    python tests/experiments.py --data DATA --kodak KODAK        all of them: a day on two cores
+    python tests/experiments.py --data DATA --only gauss100-nct-seed0      one, about an hour
     python tests/experiments.py                                  the tables alone
 
 DATA: a folder of 64 x 64 images with train/<class>/ and val/<class>/; results/README.md says which.
@@ -65,9 +65,9 @@ SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choic
 }
 SEARCHED = ("noisy", "nct", "denoised", "clean")
 ANCHOR = 4  # weight in the arm nct
-SEARCH_CURRICULUM = {"tiny": 12, "switch6": 6}  # of nc: epochs on denoised images
-SEARCH_ANCHOR = {  # of nct: the same and the weight of the anchor
-    "anchor1": (12, 1), "anchor10": (12, 10), "switch6": (6, ANCHOR), "switch6-anchor10": (6, 10),
+SEARCH_CURRICULA = {  # of recipe tiny: epochs on denoised images, weight of the anchor
+    "tiny-nc": (12, 0), "switch6-nc": (6, 0), "switch6-nct": (6, ANCHOR),
+    "anchor1-nct": (12, 1), "anchor10-nct": (12, 10), "switch6-anchor10-nct": (6, 10),
 }
 ARMS = ("pixels", "random", "noisy", "nc", "nct", "denoised", "clean")
 SEEDS = (0, 1, 2)
@@ -101,72 +101,91 @@ def denoised_copy(name):
     return [train_denoiser(name), stage("denoise.py apply", data, noise, folders)]
 
 
-def probe_of(name, noise, denoiser="", data="DATA", run=""):
-    """The probe of OUT/run, by default OUT/name; of denoised images where a denoiser is named."""
-    through = f"--denoised OUT/{denoiser}/images --denoiser OUT/{denoiser}" if denoiser else ""
-    return stage("probe.py", data, noise, through, f"--run OUT/{run or name} --out OUT/{name}.json")
-
-
 class Setting(NamedTuple):
     """What the arms of one comparison share."""
     noise: str
     seed: int = 0
     weak: str = ""  # "weak-": with a denoiser of one epoch
+    recipe: str = ""  # of SEARCH: on OUT/search, of which `val` is a quarter of the training images
 
     def base(self):
-        return f"{self.weak}{self.noise}"
+        return f"search-{self.recipe}" if self.recipe else f"{self.weak}{self.noise}"
 
     def run(self, arm):
-        return f"{self.base()}-{arm}-seed{self.seed}"
+        return f"{self.base()}-{arm}" if self.recipe else f"{self.base()}-{arm}-seed{self.seed}"
+
+    def data(self):
+        return "OUT/search" if self.recipe else "DATA"
 
     def denoiser(self):
-        return f"denoiser-{self.weak}{self.noise}"
+        return "denoiser-search" if self.recipe else f"denoiser-{self.weak}{self.noise}"
+
+    def length(self):
+        """(epochs of every arm, those of a curriculum on denoised images)"""
+        return SHORT if self.recipe not in ("", "epochs60") else LONG
 
     def switches(self):
         """The epochs at which a curriculum of the plan leaves the denoised run."""
-        others = [round(part * EPOCHS) for part in SWITCHES] if self in ABLATED else []
-        return sorted({SWITCH, *others})
+        epochs, switch = self.length()
+        others = []
+        if self in ABLATED:
+            others = [round(part * epochs) for part in SWITCHES]
+        if self.recipe == "tiny":
+            others = [early for early, _ in SEARCH_CURRICULA.values()]
+        return sorted({switch, *others})
 
     def pretrain(self, name, *flags):
-        flags = ["--seed", self.seed, *flags, "--out", f"OUT/{name}"]
-        return stage("pretrain.py", "DATA", self.noise, *flags)
+        seed = "" if self.recipe else f"--seed {self.seed}"
+        own = SEARCH[self.recipe] if self.recipe else ""
+        return stage("pretrain.py", self.data(), self.noise, seed, *flags, own, f"--out OUT/{name}")
+
+    def probe(self, name, noise="", denoised=False, run=""):
+        """The probe of OUT/run, by default OUT/name, on other noise, or on denoised images."""
+        denoiser = self.denoiser()
+        through = f"--denoised OUT/{denoiser}/images --denoiser OUT/{denoiser}" if denoised else ""
+        files = f"--run OUT/{run or name} --out OUT/{name}.json"
+        return stage("probe.py", self.data(), noise or self.noise, through, files)
 
     def denoised_run(self, until):
         """Commands of the denoised run up to an epoch. On its way it stops at every switch and leaves
         its networks there: a run that has gone on cannot go back for them."""
-        images = f"OUT/{self.denoiser()}/images"
-        flags = f"--source denoised --denoised {images} --epochs {EPOCHS}"
+        (epochs, _), images = self.length(), f"OUT/{self.denoiser()}/images"
+        flags = f"--source denoised --denoised {images} --epochs {epochs}"
         whole = self.pretrain(self.run("denoised"), flags)
         commands = denoised_copy(self.denoiser())
         commands += [f"{whole} --stop {epoch}" for epoch in self.switches() if epoch <= until]
-        if until == EPOCHS:
+        if until == epochs:
             commands.append(whole)
         return commands
 
     def curriculum(self, name, switch, anchor=""):
         """Commands of a curriculum: NC; with the anchor's flags NCT."""
         start = f"OUT/{self.run('denoised')}/epoch{switch}.pth"
-        rest = EPOCHS - switch
+        rest = self.length()[0] - switch
         images = f"--denoised OUT/{self.denoiser()}/images" if anchor else ""
         flags = f"--source noisy --epochs {rest} --warmup_epochs 1 --init {start}"
         noisy = self.pretrain(name, flags, images, anchor)
-        return [*self.denoised_run(switch), noisy, probe_of(name, self.noise)]
+        return [*self.denoised_run(switch), noisy, self.probe(name)]
 
     def arm(self, arm):
         """Commands of an arm."""
-        name = self.run(arm)
+        name, (epochs, switch) = self.run(arm), self.length()
         if arm == "nc":
-            return self.curriculum(name, SWITCH)
+            return self.curriculum(name, switch)
         if arm == "nct":
-            return self.curriculum(name, SWITCH, f"--anchor {ANCHOR}")
+            return self.curriculum(name, switch, f"--anchor {ANCHOR}")
         if arm == "denoised":
-            return [*self.denoised_run(EPOCHS), probe_of(name, self.noise, self.denoiser())]
+            return [*self.denoised_run(epochs), self.probe(name, denoised=True)]
         if arm == "pixels":
-            return [stage("probe.py", "DATA", self.noise, f"--pixels --out OUT/{name}.json")]
+            return [pixels(name, self.data(), self.noise)]
         if arm == "random":
-            return [self.pretrain(name, "--source noisy --epochs 0"), probe_of(name, self.noise)]
+            return [self.pretrain(name, "--source noisy --epochs 0"), self.probe(name)]
         seen = "none" if arm == "clean" else self.noise  # the upper bound is tested on clean images
-        return [self.pretrain(name, f"--source {arm} --epochs {EPOCHS}"), probe_of(name, seen)]
+        return [self.pretrain(name, f"--source {arm} --epochs {epochs}"), self.probe(name, seen)]
+
+
+def pixels(name, data, noise):
+    return stage("probe.py", data, noise, f"--pixels --out OUT/{name}.json")
 
 
 ABLATED = (Setting("gauss100"), Setting("gauss255"))
@@ -175,16 +194,15 @@ ABLATED = (Setting("gauss100"), Setting("gauss255"))
 # ==== the plan ====================================================================================
 def plan():
     """{name of a run: its commands, the one that makes its figures last}."""
-    runs = {f"search-{name}-{arm}": search(name, arm) for arm in SEARCHED for name in SEARCH}
-    for name, switch in SEARCH_CURRICULUM.items():
-        run = f"search-{name}-nc"
-        runs[run] = search_curriculum(run, "tiny", switch)
-    for name, (switch, weight) in SEARCH_ANCHOR.items():
-        run = f"search-{name}-nct"
-        runs[run] = search_curriculum(run, "tiny", switch, weight)
+    runs = {}
+    for arm, name in itertools.product(SEARCHED, SEARCH):
+        setting = Setting("gauss100", recipe=name)
+        runs[setting.run(arm)] = setting.arm(arm)
+    for name, (switch, weight) in SEARCH_CURRICULA.items():
+        anchor = f"--anchor {weight}" if weight else ""
+        runs[f"search-{name}"] = Setting("gauss100", recipe="tiny").curriculum(f"search-{name}", switch, anchor)
     for noise in ("gauss100", "none"):
-        pixels = f"search-pixels-{noise}"
-        runs[pixels] = [stage("probe.py", "OUT/search", noise, f"--pixels --out OUT/{pixels}.json")]
+        runs[f"search-pixels-{noise}"] = [pixels(f"search-pixels-{noise}", "OUT/search", noise)]
     arms = {}  # of each setting
     for noise, seed in itertools.product(("gauss100", "gauss255"), SEEDS):
         shared = {"pixels"} if seed else set()  # it has no seed
@@ -200,53 +218,12 @@ def plan():
     for setting in ABLATED:
         runs |= ablations(setting)
     for seed, arm in itertools.product(SEEDS, ("noisy", "nc", "nct", "denoised")):
-        run = Setting("gauss100", seed=seed).run(arm)
+        setting = Setting("gauss100", seed=seed)
+        run = setting.run(arm)
         name = f"clean-head-{run}"
-        runs[name] = [*runs[run][:-1], probe_of(name, "none", run=run)]
+        runs[name] = [*runs[run][:-1], setting.probe(name, "none", run=run)]
     runs |= {name: [train_denoiser(name)] for name in DENOISERS}
     return runs
-
-
-def search(name, arm):
-    """Commands of a run on OUT/search, of which `val` is a quarter of the training images."""
-    run, (epochs, switch) = f"search-{name}-{arm}", search_length(name)
-    if arm == "nct":
-        return search_curriculum(run, name, switch, ANCHOR)
-    if arm == "denoised":
-        return [*search_denoised(name, epochs), probe_of(run, "gauss100", "denoiser-search", "OUT/search")]
-    noise = "none" if arm == "clean" else "gauss100"
-    flags = f"--source {arm} --epochs {epochs} {SEARCH[name]}"
-    return [search_pretrain(run, flags), probe_of(run, noise, data="OUT/search")]
-
-
-def search_length(name):
-    return LONG if name == "epochs60" else SHORT
-
-
-def search_pretrain(run, flags):
-    return stage("pretrain.py", "OUT/search", "gauss100", flags.strip(), "--out", f"OUT/{run}")
-
-
-def search_denoised(name, until):
-    """Commands of the denoised run of a recipe; it leaves its networks at every switch."""
-    copy, (epochs, switch) = "denoiser-search", search_length(name)
-    flags = f"--source denoised --denoised OUT/{copy}/images --epochs {epochs} {SEARCH[name]}"
-    whole = search_pretrain(f"search-{name}-denoised", flags)
-    switches = sorted({switch, *(early for early, _ in SEARCH_ANCHOR.values())})
-    commands = [f"{whole} --stop {epoch}" for epoch in switches if epoch <= until]
-    if until == epochs:
-        commands.append(whole)
-    return [*denoised_copy(copy), *commands]
-
-
-def search_curriculum(run, name, switch, weight=0):
-    """Commands of a curriculum by the recipe of that name: NC; with an anchor NCT."""
-    flags = f"--source noisy --epochs {search_length(name)[0] - switch} {SEARCH[name]}".strip()
-    flags += f" --warmup_epochs 1 --init OUT/search-{name}-denoised/epoch{switch}.pth"
-    if weight:
-        flags += f" --denoised OUT/denoiser-search/images --anchor {weight}"
-    noisy = search_pretrain(run, flags)
-    return [*search_denoised(name, switch), noisy, probe_of(run, "gauss100", data="OUT/search")]
 
 
 def ablations(setting):
