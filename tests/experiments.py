@@ -65,9 +65,15 @@ SEARCH = {  # what differs from the preset, flags of pretrain.py, the same choic
 }
 SEARCHED = ("noisy", "nct", "denoised", "clean")
 ANCHOR = 4  # weight in the arm nct
-SEARCH_CURRICULA = {  # of recipe tiny: epochs on denoised images, weight of the anchor
-    "tiny-nc": (12, 0), "switch6-nc": (6, 0), "switch6-nct": (6, ANCHOR),
-    "anchor1-nct": (12, 1), "anchor10-nct": (12, 10), "switch6-anchor10-nct": (6, 10),
+SEARCH_CURRICULA = {  # recipe, epochs on denoised images, weight of the anchor
+    "tiny-nc": ("tiny", 12, 0),
+    "switch6-nc": ("tiny", 6, 0),
+    "switch6-nct": ("tiny", 6, ANCHOR),
+    "anchor1-nct": ("tiny", 12, 1),
+    "anchor10-nct": ("tiny", 12, 10),
+    "switch6-anchor10-nct": ("tiny", 6, 10),
+    "epochs60-nc": ("epochs60", SWITCH, 0),
+    "epochs60-anchor1-nct": ("epochs60", SWITCH, 1),
 }
 ARMS = ("pixels", "random", "noisy", "nc", "nct", "denoised", "clean")
 SEEDS = (0, 1, 2)
@@ -127,11 +133,9 @@ class Setting(NamedTuple):
     def switches(self):
         """The epochs at which a curriculum of the plan leaves the denoised run."""
         epochs, switch = self.length()
-        others = []
+        others = [early for recipe, early, _ in SEARCH_CURRICULA.values() if recipe == self.recipe]
         if self in ABLATED:
             others = [round(part * epochs) for part in SWITCHES]
-        if self.recipe == "tiny":
-            others = [early for early, _ in SEARCH_CURRICULA.values()]
         return sorted({switch, *others})
 
     def pretrain(self, name, *flags):
@@ -198,9 +202,9 @@ def plan():
     for arm, name in itertools.product(SEARCHED, SEARCH):
         setting = Setting("gauss100", recipe=name)
         runs[setting.run(arm)] = setting.arm(arm)
-    for name, (switch, weight) in SEARCH_CURRICULA.items():
-        anchor = f"--anchor {weight}" if weight else ""
-        runs[f"search-{name}"] = Setting("gauss100", recipe="tiny").curriculum(f"search-{name}", switch, anchor)
+    for name, (recipe, switch, weight) in SEARCH_CURRICULA.items():
+        setting, anchor = Setting("gauss100", recipe=recipe), f"--anchor {weight}" if weight else ""
+        runs[f"search-{name}"] = setting.curriculum(f"search-{name}", switch, anchor)
     for noise in ("gauss100", "none"):
         runs[f"search-pixels-{noise}"] = [pixels(f"search-pixels-{noise}", "OUT/search", noise)]
     arms = {}  # of each setting
