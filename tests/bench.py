@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,30 +54,60 @@ def medians(times):
 def median_ratio(above, below):
     return median(a / b for a, b in zip(above, below, strict=True))
 
-def vit_flops(run, crops):
-    """Of the ViT's matrix products in a step; the head's are left out."""
+# ==== pretraining =================================================================================
+class Training:
+    """A run of pretrain.py with an anchor, and a batch of a folder, whose clean images stand in for
+    denoised ones: step() does with it what train() does."""
+    def __init__(self, args, folder, batch, device):
+        args.anchor = 1.0
+        self.args, self.folder, self.device, self.batch = args, folder, device, batch
+        self.run = pretrain.Run(args, folder.channels, device)
+        self.anchor = self.run.anchor
+        self.indices = [i % len(folder) for i in range(batch)]
+        folder.memory["denoised"] = {i: folder.read(i, "clean") for i in self.indices}
+        self.mean = self.std = torch.full((folder.channels, 1, 1), 0.5, device=device)
+        self.data = c.to_device(self.make("noisy", "denoised"), device)
+
+    def make(self, *sources):
+        """A worker's part."""
+        return pretrain.make_batch(self.args, self.folder, sources, slice(None), 0, 0, self.indices)
+
+    def crops(self, *sources):
+        return pretrain.make_crops(self.data, sources, self.mean, self.std)
+
+    def losses(self, crops, temp=0.04):
+        loop = SimpleNamespace(epoch=0, step=0, batch=self.batch, mine=slice(None), device=self.device)
+        keep = pretrain.draw_keep(self.args, len(self.run.network.backbone.blocks), loop)
+        with self.run.context():
+            losses, *_ = pretrain.step_losses(self.args, self.run, crops, self.data, temp, keep)
+        return losses
+
+    def step(self, anchored=True):
+        """A step of NCT, or else of NC."""
+        sources = ["noisy", "denoised"] if anchored else ["noisy"]
+        self.run.anchor = self.anchor if anchored else None
+        values = pretrain.schedules(self.args, 1, 100, self.batch)
+        losses = self.losses(self.crops(*sources), values["temp"])
+        self.run.update(losses["total"], values)
+
+def count_flops(function):
+    """Of the matrix products and convolutions. (Of attention's kernels, torch counts not all.)"""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        for x in crops:  # one tensor a size
-            run.network.backbone(x).sum().backward()
-        with torch.no_grad():
-            run.teacher.backbone(crops[0])
+        function()
     return counter.get_total_flops()
 
-# ==== pretraining =================================================================================
+def vit_step(run, crops):
+    """What a step of NC asks of the ViT; the head is left out."""
+    for x in crops:  # one tensor a size
+        run.network.backbone(x).sum().backward()
+    with torch.no_grad():
+        run.teacher.backbone(crops[0])
+
 def pretraining(options, flags, folder):
     args = pretrain.read_config(flags)
-    args.anchor = 1.0  # a run with an anchor, which step() puts aside for NC
-    run = pretrain.Run(args, folder.channels, torch.device("cpu"))
-    anchor, batch = run.anchor, min(options.batch_size or args.batch_size, len(folder))
-    indices = list(range(batch))
-    folder.memory["denoised"] = [folder.read(i, "clean") for i in indices]  # stand-ins
-    mean = std = torch.full((folder.channels, 1, 1), 0.5)
-
-    def make(*sources):
-        return pretrain.make_batch(args, folder, sources, slice(0, batch), 0, 0, indices)
-
-    def color(*sources):
-        return pretrain.make_crops(data, sources, mean, std)
+    batch = min(options.batch_size or args.batch_size, len(folder))
+    training = Training(args, folder, batch, torch.device("cpu"))
+    run, data = training.run, training.data
 
     def teacher():
         return run.teacher.targets(crops[0], data["picked"], args.teacher_temp)
@@ -87,24 +118,17 @@ def pretraining(options, flags, folder):
         for view in cls.chunk(2):
             pretrain.global_koleo(view)
 
-    def step(anchor, *sources):
-        run.anchor = anchor
-        values = pretrain.schedules(args, 1, 100, batch)
-        losses, *_ = pretrain.step_losses(args, run, color(*sources), data, values["temp"])
-        run.update(losses["total"], values)
-
-    data = make("noisy", "denoised")
-    crops = color("noisy")["noisy"]
+    crops = training.crops("noisy")["noisy"]
     targets, matrix = teacher(), torch.randn(2048, 2048)
     torch.set_num_threads(1)  # as in a worker
-    work = in_turns(options.repeats, {"worker: decode + noise + crops": lambda: make("noisy")})
+    work = in_turns(options.repeats, {"worker: decode + noise + crops": lambda: training.make("noisy")})
     torch.set_num_threads(options.threads)
     times = work | in_turns(options.repeats, {
-        "colour operations": lambda: color("noisy"),
+        "colour operations": lambda: training.crops("noisy"),
         "teacher": teacher,
         "student forward + losses": student,
-        "whole step (NC)": lambda: step(None, "noisy"),
-        "whole step (NCT)": lambda: step(anchor, "noisy", "denoised"),
+        "whole step (NC)": lambda: training.step(anchored=False),
+        "whole step (NCT)": training.step,
         "matrix product": lambda: matrix @ matrix,
     })
     figures = medians(times)
@@ -112,48 +136,57 @@ def pretraining(options, flags, folder):
         figures[f"{part}, images/s"] = 1000 * batch / figures[f"{part}, ms"]
     nc, products = times["whole step (NC)"], times["matrix product"]
     figures["step of NCT / step of NC"] = median_ratio(times["whole step (NCT)"], nc)
-    work = vit_flops(run, crops) / (2 * len(matrix) ** 3)  # in such products
+    work = count_flops(lambda: vit_step(run, crops)) / (2 * len(matrix) ** 3)  # in such products
     figures["ViT, share of the matrix product's rate"] = median_ratio(products, nc) * work
     return figures
 
 # ==== the other stages ============================================================================
-def denoising(options, flags, folder):
-    """A step of Neighbor2Neighbor on patches that are cut already."""
-    _, args = denoise.read_config(["train", *flags])
+def denoiser_step(args, folder, device):
+    """(a step of denoise.py train on patches that are cut already, how many they are, their side in
+    pixels, the model)"""
     patch, depth = denoise.patch_plan(folder.shapes[:, :2], args.patch)
     model = denoise.UNet(folder.channels, args.width, depth, args.init_scale)
-    model.to(memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    rng, images = c.generator(0), range(min(args.batch_size, len(folder)))
-    y = torch.stack([denoise.cut_patch(folder.read(i), patch, rng) for i in images]) / 255
-    y = y.contiguous(memory_format=torch.channels_last)
-    pairs = torch.stack([denoise.draw_pairs(patch, patch, rng) for _ in images])
+    context, scaler = c.autocast(device, args.amp)
+    chosen = list(range(min(args.batch_size, len(folder))))
+    batch = denoise.make_batch(args, folder, chosen, patch, (1, 1), slice(None), 0, 0, chosen)
+    batch = c.to_device(batch, device)
+    loop = SimpleNamespace(epoch=0, batches=lambda *_: [batch], tick=lambda *_: False, close=lambda: None)
 
     def step():
-        optimizer.zero_grad(set_to_none=True)
-        sum(denoise.n2n_losses(model, y, pairs, args.ramp)).backward()
-        optimizer.step()
+        denoise.fit(args, loop, None, context, model, optimizer, scaler)
 
-    return medians(in_turns(options.repeats, {f"denoiser step, {len(y)} x {patch} px": step}))
+    return step, len(chosen), patch, model
 
-def heads(options, flags):
-    """Twenty steps of all 52 linear heads on random features of the preset's width."""
-    args = probe.read_config([*flags, "--run", "none"])
-    args.iterations = 20
-    width = c.make_vit(pretrain.read_config(flags).arch).embed_dim
-    x, y = torch.randn(1, 1000, 5, width), torch.arange(1000) % 10  # (views, images, tokens, D)
+def denoising(options, flags, folder):
+    _, args = denoise.read_config(["train", *flags])
+    step, count, patch, _ = denoiser_step(args, folder, torch.device("cpu"))
+    return medians(in_turns(options.repeats, {f"denoiser step, {count} x {patch} px": step}))
+
+def heads_training(args, width, classes, device="cpu"):
+    """All 52 linear heads on random features, as a function."""
+    x = torch.randn(1, 1000, 5, width)  # (views, images, tokens, D)
+    y = torch.arange(1000) % classes
 
     def train():
         for tokens in probe.INPUTS.values():
-            probe.train_heads(x, y, 10, tokens, args, torch.arange(1000))
+            probe.train_heads(x, y, classes, tokens, args, torch.arange(1000), device)
 
+    return train
+
+def heads(options, flags):
+    args = probe.read_config([*flags, "--run", "none"])
+    args.iterations = 20
+    width = c.make_vit(pretrain.read_config(flags).arch).embed_dim
+    train = heads_training(args, width, 10)
     return medians(in_turns(options.repeats, {"52 heads, 10 classes, 20 steps": train}))
 
 def measure(options):
     """{part with its unit: figure}."""
     torch.set_num_threads(options.threads)
     flags = ["--out=none", f"--data={options.data}", f"--noise={options.noise}",
-             f"--preset={options.preset}"]
+             f"--preset={options.preset}", "--amp=off"]  # as the matrix product that is compared with
     folder = c.Folder(options.data, "train", options.noise)
     figures = denoising(options, flags, folder) | heads(options, flags)
     return pretraining(options, flags, folder) | figures
