@@ -206,16 +206,19 @@ def against(options):
             ratios.setdefault(name, []).append(figure / pair[1][name])
     return {name: [*r, min(r), median(r), max(r)] for name, r in ratios.items()}
 
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in info.read_text():
+        return info.read_text().split("model name\t: ")[1].splitlines()[0]
+    return platform.processor() or platform.machine()
+
 def read_options(argv=None):
     return c.read_flags(argv, __doc__, PRESETS, {"bench": FLAGS}, positive=("repeats", "threads"))
 
 def main():
     options = read_options()
     figures = against(options) if options.against else measure(options)
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and "model name" in info.read_text():
-        cpu = info.read_text().split("model name\t: ")[1].splitlines()[0]
-    about = {"date": str(datetime.date.today()), "cpu": cpu, "cores": c.cores,
+    about = {"date": str(datetime.date.today()), "cpu": cpu_name(), "cores": c.cores,
              "threads": options.threads, "torch": torch.__version__,
              "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""), "command": " ".join(sys.argv)}
     print(about)
