@@ -274,8 +274,7 @@ def one_step(s, device, amp):
 
 
 def values(s, table):
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # that of matrix products is off by default
     crops, losses, whole = one_step(s, torch.device("cpu"), "off")
     for amp, (most, most_gradient) in PRECISIONS.items():
         if amp == "fp16" and s.device.type == "cpu":

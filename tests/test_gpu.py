@@ -128,8 +128,7 @@ def test_values_tell_a_wrong_crop_loss_or_gradient(monkeypatch, part, amp, error
         return found
 
     monkeypatch.setattr(gpu, "one_step", one_step)
-    for part_of_torch in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(part_of_torch, "allow_tf32", True)  # and back afterwards
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # and back afterwards
     table = gpu.Table("values")
     gpu.values(SimpleNamespace(device=torch.device("cpu")), table)
     if part == 0 and amp == "bf16":  # crops are made in float32
