@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 class UserError(Exception):
@@ -561,12 +561,36 @@ def prefetch(make, keys, device, workers):
         Made(make), batch_size=None, sampler=keys, num_workers=workers,
         pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None,
         worker_init_fn=functools.partial(end_with, os.getpid()))
-    for batch in loader:
-        yield to_device(batch, device)
+    if device.type == "cuda":
+        yield from copy_ahead(loader, device)
+    else:
+        for batch in loader:
+            yield to_device(batch, device)
 
 
 def to_device(batch, device):
     return tree_map(lambda x: x.to(device, non_blocking=True), batch)
+
+
+def copy_ahead(batches, device):
+    """Yield batches on a GPU: each is copied, on a stream of its own, while the GPU computes on the
+    one before it."""
+    side = torch.cuda.Stream(device)
+
+    def arrived(batch):
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(side)
+        for x in tree_leaves(batch):
+            x.record_stream(compute)  # else a later copy could overwrite what it still reads
+        return batch
+
+    copied = []  # the batch that is on its way, if there is one
+    for batch in batches:
+        ready = [arrived(x) for x in copied]  # asked before the next copy: it waits for its own
+        with torch.cuda.stream(side):
+            copied = [to_device(batch, device)]
+        yield from ready
+    yield from map(arrived, copied)
 
 
 def end_with(parent, _):

@@ -10,9 +10,10 @@ Not seen here: AdamW's own launch (its fused kernel knows real devices only), au
 none) and drop path (meta has no generator; the preset has no drop path).
 """
 
+import multiprocessing
 import random
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_batch_reaches_the_device_in_at_most_eight_copies_that_wait_for_nothing(
 
 
 @pytest.mark.parametrize("device, pinned", [("cuda:0", True), ("cpu", False)])
-def test_batches_are_made_in_pinned_memory_for_cuda(monkeypatch, device, pinned):
+def test_batches_are_made_in_pinned_memory_for_cuda(monkeypatch, streams, device, pinned):
     """A copy from any other memory would block, whatever it is asked for."""
     asked = []
 
@@ -216,6 +217,96 @@ def test_batches_are_made_in_pinned_memory_for_cuda(monkeypatch, device, pinned)
     assert asked == [pinned]
 
 
+# ==== batches are copied ahead ====================================================================
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """What the streams of a pretended GPU are told, in order; copies to it stay on the host."""
+    seen, current = [], ["compute"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            seen.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def entered(stream):
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    def copy(batch, device):
+        seen.append(f"copy {batch['x'].item()} on {current[-1]}")
+        return batch
+
+    def record(x, stream):
+        seen.append(f"{x.item()} is kept for {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(current[-1]))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.Tensor, "record_stream", record)
+    monkeypatch.setattr(common, "to_device", copy)
+    loader = torch.utils.data.DataLoader
+
+    def pageable(*args, pin_memory, **kw):
+        return loader(*args, **kw)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", pageable)
+    return seen
+
+
+def numbered(i):
+    return {"x": torch.tensor(i)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_next_batch_is_copied_on_a_stream_of_its_own_before_the_present_one_is_computed_on(streams, workers):
+    """Computing waits for its own batch, not for the next one, and keeps its memory."""
+    keys = [(i,) for i in range(3)]
+    for batch in common.prefetch(numbered, keys, CUDA, workers):
+        streams.append(f"compute on {batch['x'].item()}")
+    assert streams == [
+        "copy 0 on side",
+        "compute waits for side", "0 is kept for compute", "copy 1 on side", "compute on 0",
+        "compute waits for side", "1 is kept for compute", "copy 2 on side", "compute on 1",
+        "compute waits for side", "2 is kept for compute", "compute on 2"]
+
+
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")])
+def test_one_batch_is_made_ahead_for_cuda_and_none_without_workers_on_the_cpu(streams, device):
+    made = []
+
+    def make(i):
+        made.append(i)
+        return numbered(i)
+
+    ahead = 1 if device == CUDA else 0
+    for i, batch in enumerate(common.prefetch(make, [(i,) for i in range(5)], device, 0)):
+        assert batch["x"] == i
+        assert made == list(range(min(i + 1 + ahead, 5)))
+    assert any("side" in line for line in streams) == (device == CUDA)
+
+
+def test_set_of_one_batch_and_of_none_end(streams):
+    assert [x["x"].item() for x in common.prefetch(numbered, [(7,)], CUDA, 0)] == [7]
+    assert list(common.prefetch(numbered, [], CUDA, 0)) == []
+
+
+def test_stop_leaves_no_worker(streams):
+    keys = ((i,) for i in range(1000))
+    batches = common.prefetch(numbered, keys, CUDA, 2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+# ==== crops =======================================================================================
 def test_crops_of_a_step_are_made_by_at_most_350_kernels(batch):
     moved, watch = common.to_device(batch, DEVICE), Watch()
     mean, std = torch.zeros(2, 3, 1, 1, device=DEVICE)
