@@ -391,6 +391,8 @@ class Folder:
             if (root / "val").is_dir():
                 raise UserError(f"{root}: has val/, but no train/")
         self.paths = [prefix + path for path in list_images(root)]
+        if not prefix and (root / "masks/train").is_dir():
+            self.paths = [path for path in self.paths if not path.startswith("masks/")]
         if not self.paths:
             raise UserError(f"{root}: no images found; no such folder, or no .png, .jpg, .tif, .npy or the like in it")
         self.memory = {}  # images by source, where they are kept in memory
@@ -531,6 +533,34 @@ class Folder:
         if any(p.count("/") < 2 for p in self.paths):
             raise UserError(f"{self.data}: labels need a folder a class: train/<class>/ and val/<class>/")
         return [p.split("/")[1] for p in self.paths]
+
+    def has_masks(self):
+        return (self.data / "masks" / self.split).is_dir()
+
+    def mask(self, i):
+        """The class of every pixel of image i, uint8 (H, W), 255 where it is unknown: the file of the
+        same name in DIR/masks, a PNG. Raises UserError."""
+        path = self.data / "masks" / f"{stem(self.paths[i])}.png"
+        try:
+            with Image.open(path) as image:
+                if image.mode not in ("L", "P", "1"):
+                    raise ValueError(f"mode {image.mode}; a pixel of a mask is one number, its class, from 0 to 254")
+                mask = np.array(image, np.uint8)
+        except Exception as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise UserError(f"{path}: the mask of {self.paths[i]} cannot be read ({reason})") from None
+        H, W, *_ = read_shape(self.data / self.paths[i])
+        if mask.shape != (H, W):
+            raise UserError(f"{path}: is {mask.shape}, but its image {self.paths[i]} is {(H, W)}: H, W")
+        return mask
+
+    def mask_classes(self):
+        """The classes that the masks have, sorted. Raises UserError."""
+        def present(i):
+            return np.bincount(self.mask(i).ravel(), minlength=256)
+
+        pixels = sum(parallel(present, range(len(self)), "masks"))
+        return np.flatnonzero(pixels[:255])
 
     def stats(self, most=2000):
         """Mean and standard deviation of each channel of the noisy images in [0, 1], of up to `most`."""

@@ -2,7 +2,8 @@
 
     python tests/shapes.py DIR [--train 2000] [--val 1000] [--seed 0] [--size 64]
 
-writes an ordinary image folder, DIR/{train,val}/<class>/NNNN.png. A class is a figure (disc, ring, triangle,
+writes an ordinary image folder, DIR/{train,val}/<class>/NNNN.png, and masks of the same names in DIR/masks, where
+a pixel is 0 on the ground and 1 to 10 on a figure of the ten classes. A class is a figure (disc, ring, triangle,
 ...) and nothing else: its places, rotations, size and colours, light on dark or dark on light, are drawn the
 same way for all ten. So pixels that are compared place by place hardly tell the classes apart, and neither
 colour jitter, cropping nor flipping removes the label. Strokes are at least about 4 px wide at 64 px: they
@@ -109,10 +110,11 @@ def shading(rng, x, y):
     return np.tensordot(field, rng.uniform(-5, 5, (3, 3)), (0, 0))
 
 
-def image(cls, split, index, seed=0, size=64):
-    """The picture (size, size, 3), uint8 0-255, number `index` of class `cls` (0-9) in "train" or "val".
+def draw(cls, split, index, seed=0, size=64):
+    """Number `index` of class `cls` (0-9) in "train" or "val": picture (size, size, 3), 0-255, and mask (size, size),
+    0 on the ground and cls + 1 on a figure, both uint8.
 
-    Its randomness depends on these arguments alone, never on what was drawn before.
+    Their randomness depends on these arguments alone, never on what was drawn before.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), cls, index])
     axis = ((np.arange(size) + 0.5) / size - 0.5) * UNITS
@@ -132,15 +134,22 @@ def image(cls, split, index, seed=0, size=64):
     pitch = rng.uniform(20, 26)
     radius = 0.4 * pitch
     distance = FIGURES[cls](*scatter(rng, x, y, pitch) / radius) * radius * zoom
-    mask = np.clip(0.5 + distance / edge, 0, 1)[..., None]
-    return np.clip(np.rint(back + mask * (fore - back) + light), 0, 255).astype(np.uint8)
+    cover = np.clip(0.5 + distance / edge, 0, 1)[..., None]
+    picture = np.clip(np.rint(back + cover * (fore - back) + light), 0, 255)
+    mask = (cls + 1) * (distance > 0)
+    return picture.astype(np.uint8), mask.astype(np.uint8)
+
+
+def image(cls, split, index, seed=0, size=64):
+    """The picture alone."""
+    return draw(cls, split, index, seed, size)[0]
 
 
 # ---- The image folder ------------------------------------------------------------------------------------
 
 
 def plan(train, val):
-    """(relative path, class, split, index) of every file; the classes' sizes differ by one at most."""
+    """(relative path, class, split, index) of every picture; the classes' sizes differ by one at most."""
     for split, total in zip(SPLITS, (train, val), strict=True):
         for n in range(total):
             index, cls = divmod(n, len(CLASSES))
@@ -149,7 +158,9 @@ def plan(train, val):
 
 def complete(root, files, seed, size):
     """Whether `root` holds exactly the planned files; one picture is compared to tell seed and size apart."""
-    if {p.relative_to(root) for p in root.rglob("*") if not p.is_dir()} != {path for path, *_ in files}:
+    pictures = {path for path, *_ in files}
+    planned = pictures | {Path("masks", path) for path in pictures}
+    if {p.relative_to(root) for p in root.rglob("*") if not p.is_dir()} != planned:
         return False
     path, *key = files[0]
     with Image.open(root / path) as found:
@@ -173,8 +184,10 @@ def write(root, train=2000, val=1000, seed=0, size=64):
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
         made = Path(scratch, "data")
         for path, cls, split, index in files:
-            (made / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image(cls, split, index, seed, size)).save(made / path)
+            picture, mask = draw(cls, split, index, seed, size)
+            for file, pixels in ((made / path, picture), (made / "masks" / path, mask)):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
         os.rename(made, root)  # fails, rather than overwrites, where something has appeared meanwhile
     return f"{root}: wrote {train} train and {val} val pictures in {len(CLASSES)} classes"
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cells
 import numpy as np
@@ -746,11 +747,25 @@ def test_shapes_are_the_same_bits_each_time_and_balanced(tmp_path):
         found = contents(tmp_path / name)
         made.append({p.relative_to(tmp_path / name): v[1] for p, v in found.items()})
     first, second = made
-    assert first == second and len(first) == len({*first.values()}) == 38
+    pictures = {path: bits for path, bits in first.items() if path.parts[0] != "masks"}
+    assert first == second and len(pictures) == len({*pictures.values()}) == 38
+    assert {Path("masks", path) for path in pictures} == first.keys() - pictures.keys()
     for split, total in (("train", 25), ("val", 13)):
         counts = [len([*(tmp_path / "a" / split / k).iterdir()]) for k in shapes.CLASSES]
         assert len(counts) == 10 and sum(counts) == total
         assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("k", range(10))
+def test_mask_of_a_shape_tells_figure_from_ground(k):
+    """Both are flat but for shading of at most 15 levels; their contrast is 65 or more."""
+    picture, mask = shapes.draw(k, "val", 3)
+    assert {*np.unique(mask)} == {0, k + 1}
+    grey = picture @ shapes.LUMA
+    figure, ground = grey[mask == k + 1], grey[mask == 0]
+    middle = (np.median(figure) + np.median(ground)) / 2
+    right = ((grey > middle) == (mask > 0)).mean()
+    assert max(right, 1 - right) > 0.95
 
 
 def mean_colours(split):
