@@ -14,13 +14,15 @@ embed needs none.
 
 import hashlib
 import math
+import os
 import random
 import shutil
 import sys
 import tempfile
+import weakref
 import zipfile
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -151,8 +153,8 @@ class Pixels:
     def __init__(self, args):
         folder, source = open_folder(args, "train")
         self.channels, self.mean, self.std = folder.channels, 0.0, 1.0
-        crops = [central_crop(folder.read(i, source), args.resize, args.img_size) for i in folder.spread(2000)]
-        tokens = self.embed(torch.stack(crops))
+        crops = (central_crop(folder.read(i, source), args.resize, args.img_size) for i in folder.spread(2000))
+        tokens = torch.cat([self.embed(crop[None]) for crop in crops])
         self.mean, self.std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
 
     def embed(self, crops):
@@ -197,6 +199,72 @@ def load_run(folder, device):
     return backbone
 
 
+# ==== features: on disk ===========================================================================
+BLOCK = 1024  # rows that are read at once
+
+
+@contextmanager
+def writing(folder):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: features cannot be written there ({error}); "
+                        "free some space, or use another --out") from None
+
+
+class Features:
+    """Rows of one shape, in half precision in a file without a name: memory has those alone that are
+    asked for, and a killed process leaves nothing. As of a tensor, x[images] are float32 (B, ...).
+
+    They are read, not mapped: pages of a map would count as memory until they are given back."""
+    def __init__(self, folder, dtype=torch.half):
+        self.folder, self.dtype, self.shape = folder, dtype, (0,)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def append(self, rows):
+        """Write rows (B, ...); what lies beyond half precision becomes its largest value. Raises UserError."""
+        largest = torch.finfo(self.dtype).max
+        values = rows.clamp(-largest, largest).to(self.dtype)
+        left = values.flatten().view(torch.uint8).numpy()
+        with writing(self.folder):
+            while len(left):  # a disk that is nearly full takes a part
+                left = left[self.file.write(left):]
+        self.shape = (len(self) + len(rows), *rows.shape[1:])
+
+    def __getitem__(self, images):  # their indices (B,)
+        rows = torch.empty(len(images), *self.shape[1:], dtype=self.dtype)
+        for row, i in zip(rows.numpy(), images.tolist(), strict=True):
+            os.preadv(self.file.fileno(), [row], row.nbytes * i)
+        return rows.float()
+
+
+def blocks(x, images=None):
+    """Yield rows of a tensor or of Features, those of these images or all, up to BLOCK at a time."""
+    images = torch.arange(len(x)) if images is None else images
+    for part in images.split(BLOCK):
+        yield x[part]
+
+
+class Vectors:
+    """Some tokens side by side of features x (N, 5, D): rows (F,) of these images, read when asked for.
+    [:] are all of them."""
+    def __init__(self, x, tokens, images):
+        self.x, self.tokens, self.images = x, tokens, images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        parts = blocks(self.x, self.images[rows])
+        return torch.cat([part[:, self.tokens].flatten(1) for part in parts])
+
+
 # ==== features: each image goes through the backbone once per view ================================
 CHUNK = 64  # consecutive images that are embedded together, the same in any number of processes
 
@@ -219,11 +287,14 @@ def crop_views(args, image, views, path):
 
 
 def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None):
-    """Features of every image in order, (1 + views, N, 5, D), on the first process; None on the
-    others. denoiser: a model that the images go through first."""
-    blocks = embed_blocks(args, backbone.embed, folder, source, device, views, denoiser)
-    features = [block for block in blocks if c.world()[0] == 0]
-    return torch.cat(features, 1) if features else None
+    """Features (N, 5, D) of every image in order: of each view, 1 + views, on the first process; none
+    on the others. denoiser: a model that the images go through first."""
+    kept = 1 + views if c.world()[0] == 0 else 0
+    features = [Features(Path(args.out).parent) for _ in range(kept)]
+    for block in embed_blocks(args, backbone.embed, folder, source, device, views, denoiser):
+        for of_view, rows in zip(features, block[:kept], strict=True):
+            of_view.append(rows)
+    return features
 
 
 def embed_blocks(args, embed, folder, source, device, views=0, denoiser=None):
@@ -279,32 +350,28 @@ def write_embeddings(args, device):
         tokens = backbone.tokens(crops)
         return tokens if args.patches else tokens[:, :2]
 
-    first = c.world()[0] == 0  # the process that writes
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(tempfile.TemporaryFile(dir=out.parent)) for name in parts}
-        for block in embed_blocks(args, wanted, folder, "noisy", device):
-            arrays = {name: block[0, :, part].numpy() for name, part in parts.items()}
-            if first:
-                for name, array in arrays.items():
-                    files[name].write(array.tobytes())
-        shapes = {name: (len(folder), *array.shape[1:]) for name, array in arrays.items()}
-        if first:
-            c.write_atomic(out, lambda file: write_npz(file, folder.paths, files, shapes))
+    features = {}
+    if c.world()[0] == 0:  # the process that writes
+        features = {name: Features(out.parent, torch.float) for name in parts}
+    for block in embed_blocks(args, wanted, folder, "noisy", device):
+        for name, rows in features.items():
+            rows.append(block[0, :, parts[name]])
+    if features:
+        c.write_atomic(out, lambda file: write_npz(file, folder.paths, features))
     c.say(f"{out}: {', '.join(['paths', *parts])} of {len(folder)} images")
 
 
-def write_npz(file, paths, files, shapes):
-    """What numpy.savez would write, of float32 values that are in files."""
+def write_npz(file, paths, features):
+    """What numpy.savez would write, of float32 Features by name."""
     with zipfile.ZipFile(file, "w") as archive:
         with archive.open("paths.npy", "w") as member:
             np.lib.format.write_array(member, np.array(paths))
-        for name, values in files.items():
-            header = {"descr": "<f4", "fortran_order": False, "shape": shapes[name]}
-            values.seek(0)
+        for name, rows in features.items():
+            header = {"descr": "<f4", "fortran_order": False, "shape": rows.shape}
+            rows.file.seek(0)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                shutil.copyfileobj(values, member)
+                shutil.copyfileobj(rows.file, member)
 
 
 # ==== linear probe: the heads of DINOv2's protocol ================================================
@@ -317,13 +384,22 @@ def head_logits(x, tokens, weight, bias):
     return torch.tensordot(inputs, weight, 1) + bias
 
 
+def pick(x, view, images):
+    """Features (B, 5, D) of images (B,), each of its view (B,): x of V views, each (N, 5, D)."""
+    batch = torch.empty(len(images), *x[0].shape[1:])
+    for v, of_view in enumerate(x):
+        mine = view == v
+        batch[mine] = of_view[images[mine]]
+    return batch
+
+
 def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
     """A linear head for each of RATES, all at once: SGD 0.9 without weight decay, cosine to 0.
 
-    x (V, N, 5, D) features of V views, y (N,) classes, on the host; tokens: of the 5 those that the
+    x features of V views, each (N, 5, D), y (N,) classes, on the host; tokens: of the 5 those that the
     heads see; keep: images to train on. Gives weight (F, rates, classes), bias (rates, classes)."""
     gen = torch.Generator().manual_seed(args.seed)
-    views, _, _, width = x.shape
+    views, width = len(x), x[0].shape[-1]
     images, heads = len(keep), len(RATES)
     size = min(args.batch_size, images)
     rates = torch.tensor(RATES, device=device)[:, None] * size / 256
@@ -334,7 +410,7 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
     for i in range(args.iterations):
         picked, view = torch.randint(images, (2, size), generator=gen)  # view: modulo their number
         picked = keep[picked]
-        logits = head_logits(x[view % views, picked], tokens, weight, bias)
+        logits = head_logits(pick(x, view % views, picked), tokens, weight, bias)
         target = y[picked, None].tile(heads).to(device)  # (B, heads)
         loss = F.cross_entropy(logits.mT, target, reduction="sum") / size  # each head has its own
         gradients = torch.autograd.grad(loss, (weight, bias))
@@ -346,9 +422,10 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
     return weight.detach(), bias.detach()
 
 
-def predict(x, *head):
-    """The class (N, heads) that every head answers: x (N, 5, D), head: tokens, weight, bias."""
-    return torch.cat([head_logits(part, *head).argmax(2).cpu() for part in x.split(1024)])
+def predict(x, tokens, weight, bias, images=None):
+    """The class (N, heads) that every head answers, of these images or of all: x (N, 5, D)."""
+    answers = [head_logits(part, tokens, weight, bias).argmax(2).cpu() for part in blocks(x, images)]
+    return torch.cat(answers)
 
 
 def accuracy(answers, y):
@@ -377,17 +454,22 @@ def hold_out(y, seed, share=0.1):
     return held
 
 
+def split(y, seed):
+    """Indices of the images to train on, and of those that are held out."""
+    held = hold_out(y, seed)
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
 def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
-    """Train the 52 heads (13 rates, 4 inputs) on nine tenths of (V, N, 5, D) features, choose one on
+    """Train the 52 heads (13 rates, 4 inputs) on nine tenths of V times (N, 5, D) features, choose one on
     the rest; val has no part in it. The best has the highest balanced accuracy: plain accuracy would
     choose a head that always answers the largest class. Gives its (tokens, weight, bias), and what
     was chosen."""
-    held = hold_out(y, args.seed)
-    (keep,) = torch.where(~held)
+    keep, held = split(y, args.seed)
     best = {"held_out": -1}
     for name, tokens in inputs.items():
         weight, bias = train_heads(x, y, classes, tokens, args, keep, device)
-        answers = predict(x[0, held], tokens, weight, bias)
+        answers = predict(x[0], tokens, weight, bias, held)
         scores = [balanced_accuracy(of_head, y[held]) for of_head in answers.T]
         k = scores.index(max(scores))
         if scores[k] > best["held_out"]:
@@ -400,27 +482,43 @@ def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
 NEIGHBORS = (10, 20, 100, 200)
 
 
+def most_similar(train_x, x, most, size=16384):
+    """Cosine similarities (M, most) of the rows of x (M, D) to those of train_x (N, D) that are most like
+    them, and their indices. Train_x is read once, so many rows at a time."""
+    x = F.normalize(x)
+    best = x.new_full((len(x), most), -math.inf)
+    index = torch.zeros(len(x), most, dtype=torch.long)
+    for images in torch.arange(len(train_x)).split(size):
+        block = F.normalize(train_x[images])
+        for rows in torch.arange(len(x)).split(512):
+            similarity, place = (x[rows] @ block.T).topk(min(most, len(block)))
+            similarity = torch.cat([best[rows], similarity], 1)
+            candidates = torch.cat([index[rows], images[place]], 1)
+            best[rows], place = similarity.topk(most)
+            index[rows] = candidates.gather(1, place)
+    return best, index
+
+
 def knn(train_x, train_y, x, classes, neighbors=NEIGHBORS, temp=0.07):
     """{k: the class (M,) that weighted k-NN answers} on L2-normalised class tokens, train_x (N, D)
     and x (M, D); a neighbour's weight is exp(similarity / temp)."""
-    train_x, x = F.normalize(train_x), F.normalize(x)
-    most = min(max(neighbors), len(train_x))
-    answers = {k: [] for k in neighbors}
-    for part in x.split(512):
-        similarity, nearest = (part @ train_x.T).topk(most)
-        weights = (similarity / temp).exp()
-        votes = F.one_hot(train_y[nearest], classes) * weights[..., None]
-        for k in neighbors:  # votes (B, neighbours, classes)
-            answers[k].append(votes[:, :k].sum(1).argmax(1))
-    return {k: torch.cat(parts) for k, parts in answers.items()}
+    similarity, index = most_similar(train_x, x, min(max(neighbors), len(train_x)))
+    weights, labels = (similarity / temp).exp(), train_y[index]
+    answers = {}
+    for k in neighbors:
+        votes = weights.new_zeros(len(x), classes)
+        votes.scatter_add_(1, labels[:, :k], weights[:, :k])
+        answers[k] = votes.argmax(1)
+    return answers
 
 
 def nearest_tokens(x, y, classes, seed):
     """Of PIXELS the tokens with the best 20-NN on the held-out images; x (N, 5, D)."""
-    held, scores = hold_out(y, seed), {}
+    keep, held = split(y, seed)
+    scores = {}
     for name, tokens in PIXELS.items():
-        vectors = x[:, tokens].flatten(1)
-        answers = knn(vectors[~held], y[~held], vectors[held], classes, (20,))
+        queries = Vectors(x, tokens, held)[:]
+        answers = knn(Vectors(x, tokens, keep), y[keep], queries, classes, (20,))
         scores[name] = balanced_accuracy(answers[20], y[held])
     return PIXELS[max(scores, key=scores.get)]
 
@@ -471,15 +569,26 @@ def logistic_regression(x, y, classes, device="cpu"):
     return weight.detach().cpu(), bias.detach().cpu()
 
 
+def standardiser(x):
+    """A function that standardises features (M, D) by mean and deviation of the rows of x (N, D)."""
+    total = sum(part.double().sum(0) for part in blocks(x))
+    squares = sum(part.double().square().sum(0) for part in blocks(x))
+    mean = total / len(x)
+    variance = (squares - len(x) * mean.square()) / (len(x) - 1)
+    std = variance.clamp(min=1e-12).sqrt()
+    return lambda z: ((z - mean) / std).float()
+
+
 def few_shots(x, y, val_x, val_y, classes, args, device="cpu"):
     """What --shots labels a class are worth: logistic regression and 1-NN on x (N, D), tested on
     val_x (M, D). Nothing is chosen. A draw of more shots has those of fewer among its own.
 
     Gives {shots: {figure: {"mean", "std", "draws"}}} in %; figures: linear, nn, balanced_linear,
     balanced_nn."""
-    std, mean = torch.std_mean(x, 0)  # of all training images: that needs no labels
-    scaled, val_scaled = ((z - mean) / std.clamp(min=1e-6) for z in (x, val_x))
-    result = {}
+    if not args.shots:
+        return {}
+    scaled = standardiser(x)  # on all training images: that needs no labels
+    val_scaled, result = scaled(val_x), {}
     for shots in args.shots:
         small = (y.bincount() < shots).sum()
         if small:
@@ -488,9 +597,10 @@ def few_shots(x, y, val_x, val_y, classes, args, device="cpu"):
         scores = defaultdict(list)
         for draw in range(DRAWS):
             picked = draw_shots(y, shots, c.generator(args.seed, "shots", draw))
-            weight, bias = logistic_regression(scaled[picked], y[picked], classes, device)
+            few, few_y = x[picked], y[picked]
+            weight, bias = logistic_regression(scaled(few), few_y, classes, device)
             linear = (val_scaled @ weight + bias).argmax(1)
-            nearest = knn(x[picked], y[picked], val_x, classes, (1,))[1]
+            nearest = knn(few, few_y, val_x, classes, (1,))[1]
             for name, answers in {"linear": linear, "nn": nearest}.items():
                 scores[name].append(accuracy(answers, val_y))
                 scores[f"balanced_{name}"].append(balanced_accuracy(answers, val_y))
@@ -546,6 +656,20 @@ def open_folder(args, split, channels=None, limits=None):
     return folder, "denoised" if args.denoised else "noisy"
 
 
+def embed_sweep(args, backbone, val, val_x, device, denoiser):
+    """{strength: (noise, features of val under it)}, through the denoised arm's own denoiser; none
+    where there are none. val_x: those under the noise of training."""
+    tests = {}
+    if args.noise == "none" or (args.denoised and not denoiser):
+        return tests
+    for strength, spec in sweep_specs(args.noise).items():
+        z = val_x
+        if denoiser or spec != args.noise:
+            z = embed_folder(args, backbone, val.under(spec), "noisy", device, denoiser=denoiser)
+        tests[strength] = spec, z
+    return tests
+
+
 def evaluate(args, device, saved):
     """All figures of one backbone as a dict; of several processes the first gives it, the others
     None. None, too, where `saved`, an earlier result, is of the same images and backbone."""
@@ -568,14 +692,8 @@ def evaluate(args, device, saved):
     classes, y, val_y = read_labels(train, val, args.shots)
     x = embed_folder(args, backbone, train, source, device, args.views)
     val_x = embed_folder(args, backbone, val, source, device)
-    specs, tests = {}, {}
-    if args.noise != "none" and (denoiser or not args.denoised):
-        specs = sweep_specs(args.noise)
-    for strength, spec in specs.items():  # through the denoised arm's own denoiser
-        tests[strength] = val_x
-        if denoiser or spec != args.noise:
-            tests[strength] = embed_folder(args, backbone, val.under(spec), "noisy", device, denoiser=denoiser)
-    if x is None:
+    tests = embed_sweep(args, backbone, val, val_x, device, denoiser)
+    if not x:
         return None
     head, chosen = linear_probe(x, y, classes, args, device, backbone.inputs)
     tokens = [0]  # of k-NN, retrieval and few labels: the class token
@@ -583,28 +701,29 @@ def evaluate(args, device, saved):
         tokens = nearest_tokens(x[0], y, classes, args.seed)
 
     def vectors(z):
-        return z[0][:, tokens].flatten(1)
+        return Vectors(z[0], tokens, torch.arange(len(z[0])))
 
     def figures(z, prefix):
         result = {}
         linear = predict(z[0], *head)[:, 0]
-        nearest = knn(vectors(x), y, vectors(z), classes)
+        nearest = knn(vectors(x), y, vectors(z)[:], classes)
         for name, score in {"": accuracy, "balanced_": balanced_accuracy}.items():
             result[f"{prefix}{name}linear"] = score(linear, val_y)
             result[f"{prefix}{name}knn"] = {str(k): score(nearest[k], val_y) for k in nearest}
-        return {**result, f"{prefix}map": retrieval_map(vectors(z), val_y)}
+        return {**result, f"{prefix}map": retrieval_map(vectors(z)[:], val_y)}
 
     sizes = val_y.unique(return_counts=True)[1]
     result = {**figures(val_x, ""), "chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y),
               "class_sizes": [sizes.min().item(), sizes.max().item()]}  # of val
-    result["few_shots"] = few_shots(vectors(x), y, vectors(val_x), val_y, classes, args, device)
+    result["few_shots"] = few_shots(vectors(x), y, vectors(val_x)[:], val_y, classes, args, device)
     if tests:
-        result |= figures(tests[0], "clean_")
-        result["cosine"] = F.cosine_similarity(vectors(val_x), vectors(tests[0])).mean().item()
+        _, clean_x = tests[0]
+        result |= figures(clean_x, "clean_")
+        result["cosine"] = F.cosine_similarity(vectors(val_x)[:], vectors(clean_x)[:]).mean().item()
         result["sweep"] = []
-        for strength, z in tests.items():
+        for strength, (spec, z) in tests.items():
             linear = accuracy(predict(z[0], *head)[:, 0], val_y)
-            result["sweep"] += [{"strength": strength, "noise": specs[strength], "linear": linear}]
+            result["sweep"] += [{"strength": strength, "noise": spec, "linear": linear}]
     return {**result, "seconds": c.now() - started, "config": vars(args), **origin}
 
 

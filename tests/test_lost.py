@@ -428,6 +428,14 @@ def test_full_disk_ends_with_one_line_and_the_last_checkpoint_intact(base, half)
     assert checkpoint(half) == whole(base)
 
 
+def test_disk_without_room_for_features_is_one_line_and_nothing_is_left(base, tmp_path):
+    argv = arguments("probe", base / "runs", base / "data", tmp_path / "out/p.json")
+    done = script("probe", argv, before=FULL.replace("20_000", "100"))
+    assert done.returncode == 2, done.stderr
+    assert "out: features cannot be written there ([Errno 27] File too large)" in one_line(done.stderr)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_log_that_cannot_be_written_is_named(base, half, monkeypatch):
     log, update, before = half / "log.jsonl", pretrain.Run.update, checkpoint(half)
 
