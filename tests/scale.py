@@ -34,7 +34,7 @@ GPU = "NVIDIA H100 SXM"
 RATE = 989e12  # its FLOP/s in dense bf16 matrix products, by the data sheet
 SHARES = (0.25, 0.35, 0.5)  # of that rate, which training may reach; tests/gpu.py measures it
 GPUS = (1, 4, 8)
-FLOAT, HALF = 4, 2  # bytes of float32 and of bf16
+FLOAT, HALF = 4, 2  # bytes of float32 and of half precision
 NOISE = "gauss100"
 DENOISER = "--preset small --epochs 10"  # that makes the copies whose size is measured
 
@@ -321,7 +321,7 @@ def disk_rows(p, measured):
     width = c.ARCHS[p.args.arch][0]
     copies = (p.train + p.val) * measured["pixels"] * measured["copy_bytes_a_pixel"]
     checkpoints = 2 * checkpoint_bytes(p.args, p.weights, 2)
-    features = p.train * (1 + p.views) * 5 * width * FLOAT
+    features = p.train * (1 + p.views) * 5 * width * HALF
     return [
         ["disk: denoised copy", "images x pixels x bytes a pixel",
          si(copies, "B"), "measured, scaled up"],
@@ -330,7 +330,7 @@ def disk_rows(p, measured):
         ["disk: backbone.pth", "4 bytes a parameter",
          si(FLOAT * vit_parameters(p.args), "B"), "computed"],
         ["views of the probe", "", str(p.views), "preset"],
-        ["memory of the host: features of the probe", "N (1 + views) x 5 tokens x 4 D",
+        ["disk: features of the probe, while it runs", "N (1 + views) x 5 tokens x 2 D",
          si(features, "B"), "computed"],
     ]
 

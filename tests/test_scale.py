@@ -255,5 +255,5 @@ def test_results_hold_the_page_of_the_stored_measurements():
     measured = common.read_json(RESULTS / "scale.json")
     text = (RESULTS / "scale.md").read_text()
     assert text == scale.page(measured)
-    assert "| 98.4 GB |" in text  # the features of ImageNet-1k, of which the README warns
+    assert "| 49.2 GB |" in text  # the features of ImageNet-1k, of which the README warns
     assert not re.search(r"\s/\w+/", text + str(measured))  # no place on a machine
