@@ -3,7 +3,7 @@
     python probe.py --preset tiny --data DIR --noise gauss100 --run OUT/nct --out OUT/nct.json
     python probe.py --preset imagenet1k --data DIR --noise gauss255 --weights FILE --out FILE.json
     torchrun --nproc_per_node 8 -- probe.py ...   (each process embeds its share of the images)
-    python probe.py check --data DIR              (labels and headers; exit code 3: no labels)
+    python probe.py check --data DIR              (labels, masks, headers; exit code 3: no labels, no masks)
     python probe.py report runs/NAME              (results.md, results.json, four pictures)
     python probe.py embed --run OUT/nct --data DIR --out FILE.npz     (features of any images)
 
@@ -12,6 +12,8 @@ DINOv2's, the paper's teacher checkpoints, timm's. Out: one JSON file. Labels ar
 embed needs none.
 """
 
+import argparse
+import colorsys
 import hashlib
 import math
 import os
@@ -110,16 +112,19 @@ def whole_shots(shots):
 INPUTS = {"1 block": [0], "1 block + patches": [0, 4], "4 blocks": [0, 1, 2, 3],
           "4 blocks + patches": [0, 1, 2, 3, 4]}  # tokens that the heads see
 PIXELS = {"8 x 8 pixels": [0], "16 x 16 pixels": [1, 2, 3, 4]}
+DENSE = {"1 block": [0], "4 blocks": [0, 1, 2, 3]}  # tokens of a patch that dense heads see
+DENSE_PIXELS = {"its pixels": [4], "3 x 3 patches": [*range(9)]}
+PATCH_SIZES = {"demo": 8, "tiny": 8}  # of pixels, as of the preset's ViT; of other presets 16
 
 
 class Backbone:
     """A frozen ViT with its normalisation. about: what is known of its training, for the report."""
-    inputs = INPUTS
+    inputs, dense_inputs = INPUTS, DENSE
     limits = None  # the range of values that it was trained on, where this is known
 
     def __init__(self, model, mean, std, file, device, about):
         self.model = model.to(device).eval().requires_grad_(False)
-        self.channels = model.patch_embed["proj"].in_channels
+        self.channels, self.patch_size = model.patch_embed["proj"].in_channels, model.patch_size
         if {len(mean), len(std)} != {self.channels}:
             raise UserError(f"--mean, --std: must have {self.channels} values, one a channel")
         for name in c.not_finite(model.state_dict()):
@@ -127,15 +132,17 @@ class Backbone:
         self.mean, self.std = torch.tensor([mean, std], device=device)[..., None, None]
         self.about = {**about, "backbone": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
-    def last_layers(self, crops, n):  # the ViT's, of crops (B, C, S, S)
-        return self.model.last_layers((c.to_float(crops) - self.mean) / self.std, n)
+    def last_layers(self, crops, n):
+        """Of crops (B, C, S, S) the outputs of the last n blocks, the last first; with fewer blocks the
+        first is repeated."""
+        layers = self.model.last_layers((c.to_float(crops) - self.mean) / self.std, n)
+        return layers + layers[-1:] * (n - len(layers))
 
     def embed(self, crops):
         """Crops (B, C, S, S) to (B, 5, D) float32: the class tokens of the last 4 blocks, the
-        last first (with fewer blocks the first is repeated); the last block's mean patch token."""
+        last first; the last block's mean patch token."""
         layers = self.last_layers(crops, 4)
         tokens = [layer["cls"] for layer in layers]
-        tokens += tokens[-1:] * (4 - len(tokens))
         return torch.stack([*tokens, layers[0]["patches"].mean(1)], 1).float()
 
     def tokens(self, crops):
@@ -145,13 +152,20 @@ class Backbone:
         patches = last["patches"]
         return torch.cat([last["cls"][:, None], patches.mean(1, keepdim=True), patches], 1).float()
 
+    def patches(self, crops):
+        """Crops (B, C, S, S) to (B, P, 4, D) float32: the tokens of every patch of the last 4 blocks."""
+        layers = self.last_layers(crops, 4)
+        return torch.stack([layer["patches"] for layer in layers], 2).float()
+
 
 class Pixels:
     """In place of a backbone: area-averaged pixels, standardised. What pretraining must beat."""
-    inputs, about, limits = PIXELS, {}, None
+    inputs, dense_inputs, about, limits = PIXELS, DENSE_PIXELS, {}, None
 
     def __init__(self, args):
         folder, source = open_folder(args, "train")
+        self.patch_size = PATCH_SIZES.get(args.preset, 16)
+        self.normal = torch.tensor(folder.stats())[..., None, None]  # mean and deviation of its pixels
         self.channels, self.mean, self.std = folder.channels, 0.0, 1.0
         crops = (central_crop(folder.read(i, source), args.resize, args.img_size) for i in folder.spread(2000))
         tokens = torch.cat([self.embed(crop[None]) for crop in crops])
@@ -163,10 +177,25 @@ class Pixels:
         tokens = torch.cat(areas, 1).unflatten(1, (5, -1)).cpu()
         return (tokens - self.mean) / self.std
 
+    def patches(self, crops):
+        """Crops (B, C, S, S) to (B, P, 9, C p p): the standardised pixels of every patch, in the middle of
+        those of its neighbours; zeros outside."""
+        mean, std = self.normal
+        x = F.pixel_unshuffle((c.to_float(crops.cpu()) - mean) / std, self.patch_size)  # (B, C p p, rows, columns)
+        return F.unfold(x, 3, padding=1).unflatten(1, (-1, 9)).permute(0, 3, 2, 1)
+
 
 def load_backbone(args, device):
     """The backbone of --run or --weights, or --pixels. Raises UserError."""
-    return Pixels(args) if args.pixels else load_vit(args, device)
+    backbone = Pixels(args) if args.pixels else load_vit(args, device)
+    check_size(args, backbone)
+    return backbone
+
+
+def check_size(args, backbone):
+    """Raises UserError unless crops are whole patches."""
+    if args.img_size % backbone.patch_size:
+        raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {backbone.patch_size}")
 
 
 def load_vit(args, device):
@@ -178,9 +207,6 @@ def load_vit(args, device):
         std = args.std or [0.229, 0.224, 0.225]
         model = c.vit_of(args.weights, args.heads)
         backbone = Backbone(model, mean, std, args.weights, device, {})
-    patch = backbone.model.patch_size
-    if args.img_size % patch:
-        raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {patch}")
     return backbone
 
 
@@ -286,7 +312,7 @@ def crop_views(args, image, views, path):
     return torch.stack(crops)
 
 
-def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None):
+def embed_folder(args, backbone, device, folder, source, denoiser=None, views=0):
     """Features (N, 5, D) of every image in order: of each view, 1 + views, on the first process; none
     on the others. denoiser: a model that the images go through first."""
     kept = 1 + views if c.world()[0] == 0 else 0
@@ -294,6 +320,21 @@ def embed_folder(args, backbone, folder, source, device, views=0, denoiser=None)
     for block in embed_blocks(args, backbone.embed, folder, source, device, views, denoiser):
         for of_view, rows in zip(features, block[:kept], strict=True):
             of_view.append(rows)
+    return features
+
+
+def embed_patches(args, backbone, device, folder, source, denoiser=None):
+    """Features (N P, T, D) of every patch of every image in order, on the first process; none on the
+    others. Of a patch there are T tokens."""
+    features = [Features(Path(args.out).parent)] if c.world()[0] == 0 else []
+    patches = (args.img_size // backbone.patch_size) ** 2
+
+    def embed(crops):
+        return backbone.patches(crops).flatten(1, 2)
+
+    for block in embed_blocks(args, embed, folder, source, device, 0, denoiser):
+        for kept in features:
+            kept.append(block[0].unflatten(1, (patches, -1)).flatten(0, 1))
     return features
 
 
@@ -339,6 +380,7 @@ def write_embeddings(args, device):
     if out.exists():
         raise UserError(f"{out}: exists; move it away, or name another --out")
     backbone = load_vit(args, device)
+    check_size(args, backbone)
     limits = args.range or backbone.limits
     folder = c.Folder(args.data, "", args.noise, args.noise_seed, None, backbone.channels, limits)
     c.check_range(folder.limits, backbone.limits, args.run)
@@ -379,7 +421,7 @@ RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 
 
 def head_logits(x, tokens, weight, bias):
-    """Logits (B, heads, classes) of features (B, 5, D); weight (F, heads, classes), bias (heads, classes)."""
+    """Logits (B, heads, classes) of features (B, T, D); weight (F, heads, classes), bias (heads, classes)."""
     inputs = x[:, tokens].flatten(1).to(weight.device)  # (B, F)
     return torch.tensordot(inputs, weight, 1) + bias
 
@@ -393,16 +435,17 @@ def pick(x, view, images):
     return batch
 
 
-def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
-    """A linear head for each of RATES, all at once: SGD 0.9 without weight decay, cosine to 0.
+def train_heads(x, y, classes, tokens, args, keep, device="cpu", rates=RATES):
+    """A linear head for each of the rates, all at once: SGD 0.9 without weight decay, cosine to 0.
 
-    x features of V views, each (N, 5, D), y (N,) classes, on the host; tokens: of the 5 those that the
-    heads see; keep: images to train on. Gives weight (F, rates, classes), bias (rates, classes)."""
+    x features of V views, each (N, T, D), on the host; y (N,) classes, or (N, classes) the share of
+    each; tokens: of T those that the heads see; keep: rows to train on. Gives weight (F, rates,
+    classes), bias (rates, classes)."""
     gen = torch.Generator().manual_seed(args.seed)
     views, width = len(x), x[0].shape[-1]
-    images, heads = len(keep), len(RATES)
+    images, heads = len(keep), len(rates)
     size = min(args.batch_size, images)
-    rates = torch.tensor(RATES, device=device)[:, None] * size / 256
+    rates = torch.tensor(rates, device=device)[:, None] * size / 256
     start = 0.01 * torch.randn(len(tokens) * width, 1, classes, generator=gen)  # DINOv2's scale
     weight = start.tile(heads, 1).to(device).requires_grad_()
     bias = torch.zeros(heads, classes, device=device, requires_grad=True)
@@ -411,7 +454,8 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
         picked, view = torch.randint(images, (2, size), generator=gen)  # view: modulo their number
         picked = keep[picked]
         logits = head_logits(pick(x, view % views, picked), tokens, weight, bias)
-        target = y[picked, None].tile(heads).to(device)  # (B, heads)
+        target = y[picked][..., None]
+        target = target.expand(*target.shape[:-1], heads).to(device)  # (B, heads) or (B, classes, heads)
         loss = F.cross_entropy(logits.mT, target, reduction="sum") / size  # each head has its own
         gradients = torch.autograd.grad(loss, (weight, bias))
         rate = c.cosine(i, rates, 0, args.iterations)
@@ -423,7 +467,7 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu"):
 
 
 def predict(x, tokens, weight, bias, images=None):
-    """The class (N, heads) that every head answers, of these images or of all: x (N, 5, D)."""
+    """The class (N, heads) that every head answers, of these rows or of all: x (N, T, D)."""
     answers = [head_logits(part, tokens, weight, bias).argmax(2).cpu() for part in blocks(x, images)]
     return torch.cat(answers)
 
@@ -460,22 +504,153 @@ def split(y, seed):
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
-def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
-    """Train the 52 heads (13 rates, 4 inputs) on nine tenths of V times (N, 5, D) features, choose one on
-    the rest; val has no part in it. The best has the highest balanced accuracy: plain accuracy would
-    choose a head that always answers the largest class. Gives its (tokens, weight, bias), and what
+def choose_head(x, y, classes, args, keep, held, score, inputs, device="cpu", rates=RATES):
+    """Train a head for each of `rates` and `inputs` on rows `keep` of V times (N, T, D) features; choose the
+    one whose answers to rows `held` have the highest score. Gives its (tokens, weight, bias), and what
     was chosen."""
-    keep, held = split(y, args.seed)
     best = {"held_out": -1}
     for name, tokens in inputs.items():
-        weight, bias = train_heads(x, y, classes, tokens, args, keep, device)
+        weight, bias = train_heads(x, y, classes, tokens, args, keep, device, rates)
         answers = predict(x[0], tokens, weight, bias, held)
-        scores = [balanced_accuracy(of_head, y[held]) for of_head in answers.T]
+        scores = [score(of_head) for of_head in answers.T]
         k = scores.index(max(scores))
         if scores[k] > best["held_out"]:
-            best = {"head": name, "rate": RATES[k], "held_out": scores[k]}
+            best = {"head": name, "rate": rates[k], "held_out": scores[k]}
             head = tokens, weight[:, k, None], bias[k, None]
     return head, best
+
+
+def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
+    """The best of 52 heads (13 rates, 4 inputs) on V times (N, 5, D) features, trained on nine tenths and
+    chosen on the rest; val has no part in it. The best has the highest balanced accuracy: plain
+    accuracy would choose a head that always answers the largest class."""
+    keep, held = split(y, args.seed)
+
+    def score(answers):
+        return balanced_accuracy(answers, y[held])
+
+    return choose_head(x, y, classes, args, keep, held, score, inputs, device)
+
+
+# ==== dense probe: the class of every pixel =======================================================
+DENSE_RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]  # x batch/256
+BANK = 20000  # patches of training images that k-NN looks at
+SHOWN = 6  # images of a row of the report's pictures
+
+
+def crop_mask(args, mask):
+    """The square of a mask (H, W) that central_crop shows of its image, (S, S) at the mask's own size."""
+    side = round(min(mask.shape) * args.img_size / args.resize)
+    top, left = ((length - side) // 2 for length in mask.shape)
+    return mask[top:top + side, left:left + side]
+
+
+def patch_shares(mask, grid, classes):
+    """Of each patch the share of every class among its known pixels, or zeros: mask (S, S) of a crop to
+    float32 (grid grid, classes)."""
+    row = np.arange(len(mask)) * grid // len(mask)
+    patch = row[:, None] * grid + row
+    known = mask != 255
+    places = patch[known] * classes + mask[known]
+    counts = np.bincount(places, minlength=grid**2 * classes).reshape(-1, classes)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    return torch.from_numpy(shares).float()
+
+
+def read_shares(args, folder, grid, classes):
+    """(shares of every patch of every image (N P, classes), those of known pixels (N P,))"""
+    shares, known = Features(Path(args.out).parent), []
+    for i in tqdm(range(len(folder)), "masks", leave=False, disable=None):
+        of_image = patch_shares(crop_mask(args, folder.mask(i)), grid, classes)
+        shares.append(of_image)
+        known.append(of_image.sum(1) > 0)
+    return shares, torch.cat(known)
+
+
+def confusion(answers, y, classes):
+    """How often each class of y (N,), a row, was answered by each class, a column."""
+    return torch.bincount(y * classes + answers, minlength=classes**2).view(classes, classes)
+
+
+def class_iou(counts):
+    """Intersection over union (classes,) in % of a confusion matrix; NaN for a class that neither is nor
+    was answered."""
+    right = counts.diagonal().double()
+    return 100 * right / (counts.sum(0) + counts.sum(1) - right)
+
+
+def mean_iou(counts):
+    return class_iou(counts).nanmean().item()
+
+
+def answer_pixels(logits, side):
+    """The class (side, side) of every pixel, of the logits (P, classes) of its image's patches, enlarged."""
+    grid = math.isqrt(len(logits))
+    maps = logits.T.unflatten(1, (grid, grid))[None]
+    return F.interpolate(maps, (side, side), mode="bilinear")[0].argmax(0)
+
+
+def count_pixels(args, folder, classes, logits):
+    """Confusion matrix over all known pixels of a folder; logits(i) gives (P, classes) of image i."""
+    counts = torch.zeros(classes, classes, dtype=torch.long)
+    for i in range(len(folder)):
+        mask = torch.from_numpy(crop_mask(args, folder.mask(i))).long()
+        answers = answer_pixels(logits(i), len(mask))
+        known = mask != 255
+        counts += confusion(answers[known], mask[known], classes)
+    return counts
+
+
+def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
+    """Mean IoU in % of a linear head on patch tokens, chosen as linear_probe does, and of 20-NN. x of
+    train, tests of val by strength of its noise: what embed_patches gives. Patches learn the shares of
+    their classes; logits are enlarged to the masks. Gives figures, {strength: mean IoU}, the answers
+    for the pictures of the report, uint8 (pictures, S, S)."""
+    grid = args.img_size // backbone.patch_size
+    patches, inputs = grid**2, backbone.dense_inputs
+    y, known = read_shares(args, train, grid, classes)
+
+    def of_image(i):
+        return torch.arange(i * patches, (i + 1) * patches)
+
+    def of_images(images):  # those with known pixels
+        rows = torch.cat([of_image(i) for i in images.tolist()])
+        return rows[known[rows]]
+
+    keep, held = map(of_images, split(torch.zeros(len(train)), args.seed))
+    held_y = torch.cat([part.argmax(1) for part in blocks(y, held)])
+
+    def score(answers):
+        return mean_iou(confusion(answers, held_y, classes))
+
+    many = argparse.Namespace(**{**vars(args), "batch_size": 4 * args.batch_size})  # of patches
+    head, chosen = choose_head(x, y, classes, many, keep, held, score, inputs, device, DENSE_RATES)
+    order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(args.seed))
+    bank = keep[order[:BANK]]
+    token = next(iter(inputs.values()))
+    bank_x, bank_y = Vectors(x[0], token, bank)[:], y[bank].argmax(1)
+
+    def linear(z):
+        return lambda i: head_logits(z[of_image(i)], *head)[:, 0].cpu()
+
+    def nearest(z):
+        def votes(i):
+            answers = knn(bank_x, bank_y, z[of_image(i)][:, token].flatten(1), classes, (20,))
+            return F.one_hot(answers[20], classes).float()
+        return votes
+
+    ious = {}
+    for strength, (z,) in tests.items():
+        ious[strength] = class_iou(count_pixels(args, val, classes, linear(z)))
+    of_classes = [iou if iou == iou else None for iou in ious[""].tolist()]
+    result = {"dense_chosen": chosen, "class_iou": of_classes}
+    for name, strength in {"": "", "clean_": 0}.items():
+        if strength in tests:
+            counts = count_pixels(args, val, classes, nearest(*tests[strength]))
+            result |= {f"{name}iou": ious[strength].nanmean().item(), f"{name}knn_iou": mean_iou(counts)}
+    first = linear(*tests[""])
+    answers = [answer_pixels(first(i), args.img_size) for i in val.spread(SHOWN)]
+    return result, {k: iou.nanmean().item() for k, iou in ious.items()}, torch.stack(answers).byte()
 
 
 # ==== k-NN, retrieval =============================================================================
@@ -523,21 +698,29 @@ def nearest_tokens(x, y, classes, seed):
     return PIXELS[max(scores, key=scores.get)]
 
 
-def retrieval_map(x, y):
-    """Leave-one-out mean average precision in %: every image is a query against all others of its
-    set; (N, D), (N,). Queries without another image of their class are left out."""
+def retrieval(x, y):
+    """Leave-one-out retrieval in %: every image is a query against all others of its set; (N, D), (N,).
+    Queries without another image of their class are left out.
+
+    "map": mean average precision. "map_r": the same over the first R answers alone, R others of its
+    class. "recall1", 5, 10: queries with one of its class among so many answers (Musgrave et al. 2020)."""
     x = F.normalize(x)
     rank = torch.arange(1, len(x))
-    values = []
+    figures = defaultdict(list)
     for i, label in enumerate(y):
         similarity = x @ x[i]
         similarity[i] = -math.inf  # the query itself comes last
         order = similarity.argsort(descending=True, stable=True)[:-1]
         hit = (y[order] == label).double()
-        precision = hit.cumsum(0) / rank
-        if hit.any():
-            values.append((precision * hit).sum() / hit.sum())
-    return 100 * torch.stack(values).mean().item() if values else None
+        others = int(hit.sum())
+        if not others:
+            continue
+        precise = hit.cumsum(0) / rank * hit
+        figures["map"].append(precise.sum() / others)
+        figures["map_r"].append(precise[:others].sum() / others)
+        for k in (1, 5, 10):
+            figures[f"recall{k}"].append(hit[:k].max())
+    return {name: 100 * torch.stack(values).mean().item() for name, values in figures.items()}
 
 
 # ==== few labels ==================================================================================
@@ -636,6 +819,25 @@ def read_labels(train, val, shots=()):
     return classes, torch.from_numpy(y), torch.from_numpy(np.searchsorted(names, val_names))
 
 
+def read_targets(train, val, shots=()):
+    """(what read_labels gives, or None without class folders; number of classes of the masks, or 0
+    without masks). Raises UserError where there are neither."""
+    labels, classes = None, 0
+    masked = train.has_masks() or val.has_masks()
+    if has_labels(train, val) or not masked:
+        labels = read_labels(train, val, shots)
+    elif shots:
+        raise UserError(f"--shots: {train.data} has masks, but no labels: train/<class>/ and val/<class>/")
+    if masked:
+        names = train.mask_classes()
+        if len(names) < 2:
+            raise UserError(f"{train.data}/masks/train: has pixels of classes {names.tolist()}; two are the least")
+        for name in np.setdiff1d(val.mask_classes(), names):
+            raise UserError(f"{val.data}/masks/val: class {name} is in no mask of train/")
+        classes = int(names.max()) + 1
+    return labels, classes
+
+
 def sweep_specs(spec):
     """Test noise of the robustness curve: {strength relative to the pretraining level: spec}. The
     first parameter is scaled, up to its limit; ranges are taken at their middle."""
@@ -656,18 +858,64 @@ def open_folder(args, split, channels=None, limits=None):
     return folder, "denoised" if args.denoised else "noisy"
 
 
-def embed_sweep(args, backbone, val, val_x, device, denoiser):
-    """{strength: (noise, features of val under it)}, through the denoised arm's own denoiser; none
-    where there are none. val_x: those under the noise of training."""
-    tests = {}
-    if args.noise == "none" or (args.denoised and not denoiser):
-        return tests
-    for strength, spec in sweep_specs(args.noise).items():
-        z = val_x
-        if denoiser or spec != args.noise:
-            z = embed_folder(args, backbone, val.under(spec), "noisy", device, denoiser=denoiser)
-        tests[strength] = spec, z
+def test_sets(args, val, source, denoiser):
+    """What is tested: {"": val as it is, strength: val under other noise}, each (images, source, model
+    that they go through first). Denoised images need a denoiser for other noise."""
+    tests = {"": (val, source, None)}
+    if args.noise != "none" and (denoiser or not args.denoised):
+        for strength, spec in sweep_specs(args.noise).items():
+            tests[strength] = (val.under(spec), "noisy", denoiser)
+            if spec == args.noise and not denoiser:
+                tests[strength] = tests[""]
     return tests
+
+
+def patch_cosine(args, backbone, device, noisy, clean):
+    """Mean cosine similarity of the patch tokens of the same images in two of test_sets."""
+    token = next(iter(backbone.dense_inputs.values()))
+
+    def embed(crops):  # (B, P, D)
+        return backbone.patches(crops)[:, :, token].flatten(2)
+
+    of_noisy, of_clean = (embed_blocks(args, embed, folder, source, device, denoiser=denoiser)
+                          for folder, source, denoiser in (noisy, clean))
+    cosines = [F.cosine_similarity(a[0], b[0], dim=-1).mean(1) for a, b in zip(of_noisy, of_clean, strict=True)]
+    return torch.cat(cosines).mean().item()
+
+
+def label_figures(args, backbone, labels, x, tests, device):
+    """Linear probe, k-NN, retrieval and few labels: x features of train, tests of val by strength of its
+    noise, as embed_folder gives them. Gives figures, {strength: linear probe}."""
+    classes, y, val_y = labels
+    head, chosen = linear_probe(x, y, classes, args, device, backbone.inputs)
+    tokens = [0]  # of k-NN, retrieval and few labels: the class token
+    if args.pixels:  # chosen on all labels, with few labels, too: in favour of pixels
+        tokens = nearest_tokens(x[0], y, classes, args.seed)
+
+    def vectors(z):
+        return Vectors(z[0], tokens, torch.arange(len(z[0])))
+
+    sizes = val_y.unique(return_counts=True)[1]
+    result = {"chosen": chosen, "classes": classes, "class_sizes": [sizes.min().item(), sizes.max().item()]}  # of val
+    for prefix, strength in {"": "", "clean_": 0}.items():
+        if strength not in tests:
+            continue
+        z = tests[strength]
+        linear = predict(z[0], *head)[:, 0]
+        nearest = knn(vectors(x), y, vectors(z)[:], classes)
+        for name, score in {"": accuracy, "balanced_": balanced_accuracy}.items():
+            result[f"{prefix}{name}linear"] = score(linear, val_y)
+            result[f"{prefix}{name}knn"] = {str(k): score(nearest[k], val_y) for k in nearest}
+        for name, value in retrieval(vectors(z)[:], val_y).items():
+            result[prefix + name] = value
+    result["few_shots"] = few_shots(vectors(x), y, vectors(tests[""])[:], val_y, classes, args, device)
+    return result, {k: accuracy(predict(z[0], *head)[:, 0], val_y) for k, z in tests.items()}
+
+
+def arrays_of(out):
+    """The file beside a result that has what the report compares: class tokens of val (M, D), the first
+    answers of the dense probe."""
+    return Path(out).with_suffix(".npz")
 
 
 def evaluate(args, device, saved):
@@ -685,45 +933,43 @@ def evaluate(args, device, saved):
         raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
     val, _ = open_folder(args, "val", train.channels, train.limits)
     origin = {"range": train.limits, "files": [train.fingerprint(), val.fingerprint()],
-              "shots": args.shots, **backbone.about}
-    if origin.items() <= saved.items():
+              "masks": train.has_masks(), "shots": args.shots, **backbone.about}
+    if origin.items() <= saved.items() and arrays_of(args.out).exists():
         c.say(f"{args.out}: complete, nothing to do")
         return None
-    classes, y, val_y = read_labels(train, val, args.shots)
-    x = embed_folder(args, backbone, train, source, device, args.views)
-    val_x = embed_folder(args, backbone, val, source, device)
-    tests = embed_sweep(args, backbone, val, val_x, device, denoiser)
+    labels, classes = read_targets(train, val, args.shots)
+    tests = test_sets(args, val, source, denoiser)
+
+    def embed_tests(embed):
+        made = {test: embed(args, backbone, device, *test) for test in dict.fromkeys(tests.values())}
+        return {strength: made[test] for strength, test in tests.items()}
+
+    x, val_x = embed_folder(args, backbone, device, train, source, views=args.views), embed_tests(embed_folder)
+    if classes:
+        patches, val_patches = embed_patches(args, backbone, device, train, source), embed_tests(embed_patches)
+    result, arrays = {"train": len(train), "val": len(val)}, {}
+    if 0 in tests:
+        result["patch_cosine"] = patch_cosine(args, backbone, device, tests[""], tests[0])
     if not x:
         return None
-    head, chosen = linear_probe(x, y, classes, args, device, backbone.inputs)
-    tokens = [0]  # of k-NN, retrieval and few labels: the class token
-    if args.pixels:  # chosen on all labels, with few labels, too: in favour of pixels
-        tokens = nearest_tokens(x[0], y, classes, args.seed)
-
-    def vectors(z):
-        return Vectors(z[0], tokens, torch.arange(len(z[0])))
-
-    def figures(z, prefix):
-        result = {}
-        linear = predict(z[0], *head)[:, 0]
-        nearest = knn(vectors(x), y, vectors(z)[:], classes)
-        for name, score in {"": accuracy, "balanced_": balanced_accuracy}.items():
-            result[f"{prefix}{name}linear"] = score(linear, val_y)
-            result[f"{prefix}{name}knn"] = {str(k): score(nearest[k], val_y) for k in nearest}
-        return {**result, f"{prefix}map": retrieval_map(vectors(z)[:], val_y)}
-
-    sizes = val_y.unique(return_counts=True)[1]
-    result = {**figures(val_x, ""), "chosen": chosen, "classes": classes, "train": len(y), "val": len(val_y),
-              "class_sizes": [sizes.min().item(), sizes.max().item()]}  # of val
-    result["few_shots"] = few_shots(vectors(x), y, vectors(val_x)[:], val_y, classes, args, device)
-    if tests:
-        _, clean_x = tests[0]
-        result |= figures(clean_x, "clean_")
-        result["cosine"] = F.cosine_similarity(vectors(val_x)[:], vectors(clean_x)[:]).mean().item()
+    sweeps = {}
+    if labels:
+        figures, sweeps["linear"] = label_figures(args, backbone, labels, x, val_x, device)
+        result |= figures
+    if classes:
+        figures, sweeps["iou"], arrays["answers"] = dense_probe(
+            args, backbone, classes, train, val, patches, val_patches, device)
+        result |= figures
+    tokens = {strength: Vectors(z[0], [0], torch.arange(len(val)))[:] for strength, z in val_x.items()}
+    if 0 in tests:
+        result["cosine"] = F.cosine_similarity(tokens[""], tokens[0]).mean().item()
         result["sweep"] = []
-        for strength, (spec, z) in tests.items():
-            linear = accuracy(predict(z[0], *head)[:, 0], val_y)
-            result["sweep"] += [{"strength": strength, "noise": spec, "linear": linear}]
+        for strength, (folder, *_) in tests.items():
+            if strength != "":
+                point = {name: sweep[strength] for name, sweep in sweeps.items()}
+                result["sweep"].append({"strength": strength, "noise": folder.spec, **point})
+    arrays["cls"] = tokens[""].half()
+    c.write_atomic(arrays_of(args.out), lambda file: np.savez(file, **arrays))
     return {**result, "seconds": c.now() - started, "config": vars(args), **origin}
 
 
@@ -735,18 +981,25 @@ MONITORS = {"dino": "DINO loss", "ibot": "iBOT loss", "anchor_dino": "anchor los
             "entropy": "teacher entropy, nats", "kl": "KL teacher to student", "rank": "effective rank"}
 COLUMNS = {"linear": "linear", "balanced_linear": "linear, balanced", "clean_linear": "linear, clean val",
            "knn20": "20-NN", "balanced_knn20": "20-NN, balanced", "map": "retrieval mAP",
+           "iou": "mean IoU", "clean_iou": "mean IoU, clean val", "knn_iou": "mean IoU, 20-NN",
            "cosine": "cosine noisy-clean", **MONITORS,
            "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
-DIGITS = dict.fromkeys(["cosine", "peak_gb", *MONITORS], 2)  # of other columns 1
-ABOUT = """{classes} classes, {train} training and {val} validation images, noise {config[noise]}, {pretrain[arch]}, \
+MORE_COLUMNS = {"map_r": "mAP@R", "recall1": "Recall@1", "recall5": "Recall@5", "recall10": "Recall@10",
+                "cosine": "cosine noisy-clean", "patch_cosine": "the same of patches", "cka": "CKA with clean"}
+DIGITS = dict.fromkeys(["cosine", "patch_cosine", "cka", "peak_gb", *MONITORS], 2)  # of other columns 1
+SWEEPS = {"linear": "Linear probe", "iou": "Mean IoU"}
+ABOUT = """{train} training and {val} validation images, noise {config[noise]}, {pretrain[arch]}, \
 on {device}. Figures in %, on the noisy validation set unless said; mean ± standard deviation over seeds; nothing is \
 selected on val. `pixels`: averaged pixels instead of features. `denoised` needs its denoiser at test time; `clean` is \
 tested on clean images."""
+LABELS = " There are {classes} classes."
 BALANCED = """ A class has {class_sizes[0]} to {class_sizes[1]} validation images; balanced: the mean of \
 the classes' recalls."""
 UNLABELLED = """{pretrain[images]} training images without labels, noise {config[noise]}, {pretrain[arch]}, \
 on {device}. Losses and monitors at the end of training; mean ± standard deviation over seeds. They tell \
 a collapse, not what the features are worth."""
+MORE = """Retrieval: every image of val is a query against all others. Cosine of the class tokens, and of the \
+patch tokens, of the same images noisy and clean; linear CKA of the class tokens with those of the arm `clean`:"""
 FEW = {"balanced_linear": "Logistic regression", "balanced_nn": "Nearest neighbour"}
 FEW_LABELS = "{} on so many labels a class: balanced accuracy, mean ± standard deviation over {} draws a seed:"
 
@@ -769,9 +1022,8 @@ def read_results(out):
     """{ARM-seedK: result} of out/probe, none where none is of a run. Raises UserError."""
     results, trained = {}, False
     for path in sorted(out.glob("probe/*-seed*.json")):
-        result = c.read_json(path, {"linear", "knn", "balanced_knn", "map", "few_shots", "classes",
-                                    "class_sizes", "train", "val", "config"})
-        figures = {"knn20": result["knn"]["20"], "balanced_knn20": result["balanced_knn"]["20"]}
+        result = c.read_json(path, {"files", "train", "val", "config"})
+        figures = {f"{name}20": result[name]["20"] for name in ("knn", "balanced_knn") if name in result}
         if "summary" in result:
             trained = True
             figures |= cost(result["summary"])
@@ -779,7 +1031,32 @@ def read_results(out):
             print(f"warning: {path}: left out, it is of --weights, not of a run", file=sys.stderr)
             continue
         results[path.stem] = {**figures, **result}
+    add_cka(out, results)
     return results if trained else {}
+
+
+def add_cka(out, results):
+    """Compare the class tokens of val of every run with those of the arm `clean`, of the same seed if there is one."""
+    def read(name):
+        file = arrays_of(out / f"probe/{name}.json")
+        return torch.from_numpy(np.load(file)["cls"]).float() if file.exists() else None
+
+    references = sorted(name for name in results if name.startswith("clean-seed"))
+    for name, result in results.items():
+        same_seed = f"clean-seed{name.rpartition('-seed')[2]}"
+        reference = same_seed if same_seed in references else min(references, default=None)
+        if reference in (None, name) or results[reference]["files"] != result["files"]:
+            continue
+        x, y = read(name), read(reference)
+        if x is not None and y is not None:
+            result["cka"] = linear_cka(x, y)
+
+
+def linear_cka(x, y):
+    """Linear centred kernel alignment of features (M, D) and (M, E) of the same images, from 0 to 1; rotation
+    and scale do not count (Kornblith et al. 2019)."""
+    x, y = ((z - z.mean(0)).double() for z in (x, y))
+    return ((x.T @ y).square().sum() / (x.T @ x).norm() / (y.T @ y).norm()).item()
 
 
 def cost(summary):
@@ -813,12 +1090,51 @@ def by_arm(results):
     return {arm: runs for arm, runs in arms.items() if runs}
 
 
-def shown_columns(results):
+def shown_columns(results, columns=COLUMNS):
     """The columns of which there is a figure; balanced ones where val's classes differ in size."""
-    keys = [key for key in COLUMNS if any(result.get(key) is not None for result in results)]
+    keys = [key for key in columns if any(result.get(key) is not None for result in results)]
     if not any(len(set(result.get("class_sizes", []))) > 1 for result in results):
         keys = [key for key in keys if not key.startswith("balanced")]
     return keys
+
+
+def figures_table(arms, columns, keys):
+    """Lines of a table of these figures, arm by arm."""
+    rows = []
+    for arm, runs in arms.items():
+        seeds = list(runs.values())
+        cells = [spread([result.get(key) for result in seeds], DIGITS.get(key, 1)) for key in keys]
+        rows.append([arm, str(len(seeds)), *cells])
+    return table(["arm", "seeds", *(columns[key] for key in keys)], rows)
+
+
+def sweep_tables(arms):
+    """Lines of a table for each figure of the noise sweep."""
+    text = []
+    for key, title in SWEEPS.items():
+        rows, noises = [], []
+        for arm, runs in arms.items():
+            sweeps = [result["sweep"] for result in runs.values() if key in (result.get("sweep") or [{}])[0]]
+            cells = [spread([point[key] for point in points]) for points in zip(*sweeps, strict=True)]
+            if cells:
+                rows.append([arm, *cells])
+                noises = [point["noise"] for point in sweeps[0]]
+        if rows:
+            text += [f"{title} tested at other noise levels:", "", *table(["arm", *noises], rows), ""]
+    return text
+
+
+def class_table(arms, most=20):
+    """Lines of a table of the IoU of every class, where they are few."""
+    rows, classes = [], 0
+    for arm, runs in arms.items():
+        seeds = [result["class_iou"] for result in runs.values() if "class_iou" in result]
+        if seeds:
+            classes = len(seeds[0])
+            rows.append([arm, *(spread(of_class) for of_class in zip(*seeds, strict=True))])
+    if not 0 < classes <= most:
+        return []
+    return ["IoU of every class of the masks:", "", *table(["arm", *map(str, range(classes))], rows), ""]
 
 
 def few_shot_tables(arms):
@@ -845,30 +1161,19 @@ def report(out):
     if not arms:
         raise UserError(f"{out}: no results to report; run.sh makes them")
     everything = [result for runs in arms.values() for result in runs.values()]
-    columns = shown_columns(everything)
-    rows, sweeps = [], []
-    for arm, runs in arms.items():
-        seeds = list(runs.values())
-        row = [arm, str(len(seeds))]
-        for key in columns:
-            row += [spread([result.get(key) for result in seeds], DIGITS.get(key, 1))]
-        rows.append(row)
-        cells = []
-        for points in zip(*(result.get("sweep", []) for result in seeds), strict=True):
-            cells += [spread([point["linear"] for point in points])]
-        if cells:
-            sweeps.append([arm, *cells])
     results = [result for result in everything if "pretrain" in result]
     results.sort(key=lambda result: "sweep" not in result)  # those of noisy images come first
-    about = ABOUT if "linear" in columns else UNLABELLED
+    columns, more = shown_columns(everything), shown_columns(everything, MORE_COLUMNS)
+    about = ABOUT if "train" in results[0] else UNLABELLED
+    if "linear" in columns:
+        about += LABELS
     if "balanced_linear" in columns:
         about += BALANCED
-    figures = table(["arm", "seeds", *(COLUMNS[key] for key in columns)], rows)
+    figures = figures_table(arms, COLUMNS, columns)
     text = [f"# {out.name}", "", about.format(**results[0]), "", *figures, ""]
-    if sweeps:
-        header = ["arm", *(point["noise"] for point in results[0]["sweep"])]
-        text += ["Linear probe tested at other noise levels:", "", *table(header, sweeps), ""]
-    text += few_shot_tables(arms)
+    if more:
+        text += [MORE, "", *figures_table(arms, MORE_COLUMNS, more), ""]
+    text += sweep_tables(arms) + class_table(arms) + few_shot_tables(arms)
     for name, picture in pictures(out, arms, results).items():
         if picture:
             picture.save(f"{out}/{name}.png")
@@ -884,7 +1189,10 @@ def pictures(out, arms, results):
     robustness, curves = {}, {}
     for arm, runs in arms.items():
         run = min(runs)
-        robustness[arm] = [(p["strength"], p["linear"]) for p in runs[run].get("sweep", [])]
+        sweep = runs[run].get("sweep", [])
+        for key, title in SWEEPS.items():
+            lines = robustness.setdefault(f"{title}, % against test noise (1: as trained)", {})
+            lines[arm] = [(p["strength"], p[key]) for p in sweep if key in p]
         log = c.read_log(f"{out}/pretrain/{run}/log.jsonl")
         for key, title in MONITORS.items():
             lines = curves.setdefault(f"{title} against step", {})
@@ -894,8 +1202,7 @@ def pictures(out, arms, results):
         made |= sample_pictures(out, arms, results)
     except UserError as error:  # images moved away: the figures are still worth a report
         print(f"warning: no samples.png and features.png: {error}", file=sys.stderr)
-    title = "linear probe, % against test noise (1: as trained)"
-    return {**made, "robustness": chart({title: robustness}), "curves": chart(curves)}
+    return {**made, "robustness": chart(robustness), "curves": chart(curves)}
 
 
 def sample_pictures(out, arms, results):
@@ -910,7 +1217,7 @@ def sample_pictures(out, arms, results):
     images = {}
     for source, known in {"noisy": True, "denoised": copy, "clean": folder.spec != "none"}.items():
         if known:
-            images[source] = [folder.read(i, source) for i in folder.spread(6)]
+            images[source] = [folder.read(i, source) for i in folder.spread(SHOWN)]
     features = {"input": images["noisy"]}
     for arm, runs in arms.items():
         run = min(runs)
@@ -918,7 +1225,32 @@ def sample_pictures(out, arms, results):
             continue
         seen = images.get(arm, images["noisy"])  # arms denoised and clean see their own
         features[run] = principal_components(f"{out}/pretrain/{run}", seen)
-    return {"samples": grid(images), "features": grid(features)}
+    made = {"samples": grid(images), "features": grid(features)}
+    if any("iou" in result for result in results):
+        made["masks"] = mask_picture(out, arms, config, folder)
+    return made
+
+
+def mask_picture(out, arms, config, folder):
+    """The same images, their masks and what the dense probe of each arm answers, one colour a class."""
+    args = argparse.Namespace(**config)
+    shown = folder.spread(SHOWN)
+    rows = {"input": [central_crop(folder.read(i), args.resize, args.img_size) for i in shown],
+            "mask": [paint(crop_mask(args, folder.mask(i))) for i in shown]}
+    for arm, runs in arms.items():
+        run = min(runs)
+        file = arrays_of(out / f"probe/{run}.json")
+        answers = np.load(file).get("answers") if file.exists() else None
+        if answers is not None:
+            rows[arm] = [paint(of_image) for of_image in answers]
+    return grid(rows)
+
+
+def paint(classes):
+    """Colours (3, S, S) of the classes (S, S) of pixels: 0 is black, unknown is white."""
+    palette = np.array([colorsys.hsv_to_rgb(0.618 * k % 1, 0.7, 1) for k in range(256)])
+    palette[[0, 255]] = [[0], [1]]
+    return torch.from_numpy(255 * palette[classes]).byte().permute(2, 0, 1)
 
 
 def principal_components(folder, images, side=16):
@@ -1011,16 +1343,16 @@ def main():
             probe(read_config(flags))
 
 
-NO_LABELS = 3  # exit code of check
+NO_TARGETS = 3  # exit code of check: neither labels nor masks
 
 
 def check(args):
-    """Look at labels and images before the long stages. Gives the exit code. Raises UserError."""
+    """Look at labels, masks and images before the long stages. Gives the exit code. Raises UserError."""
     train = c.Folder(args.data, "train", args.noise, limits=args.range or None)
     val = c.Folder(args.data, "val", args.noise, channels=train.channels, limits=train.limits)
-    if not has_labels(train, val):
-        return NO_LABELS
-    read_labels(train, val, whole_shots(args.shots))
+    if not (has_labels(train, val) or train.has_masks() or val.has_masks()):
+        return NO_TARGETS
+    read_targets(train, val, whole_shots(args.shots))
     return 0
 
 
@@ -1032,7 +1364,8 @@ def probe(args):
     result = evaluate(args, c.setup(args.device), saved)
     if result:
         c.write_json(args.out, result)
-        c.say(f"{args.out}: linear {result['linear']:.1f}")
+        told = [f"{COLUMNS[key]} {result[key]:.1f}" for key in ("linear", "iou") if key in result]
+        c.say(f"{args.out}: {', '.join(told)}")
 
 
 if __name__ == "__main__":

@@ -313,18 +313,39 @@ def plain_map(x, y):
     return 100 * np.mean(values)
 
 
-def test_retrieval_map_equals_plain_loops_and_leaves_out_queries_without_partner():
+def plain_retrieval(x, y):
+    """Every figure of retrieval by loops over queries and answers, in %."""
+    scores = {name: [] for name in ("map", "map_r", "recall1", "recall5", "recall10")}
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i]
+        others.sort(key=lambda j: -float(x[i] @ x[j] / (x[i].norm() * x[j].norm())))
+        right = [bool(y[j] == y[i]) for j in others]
+        if not any(right):
+            continue
+        precisions = [sum(right[:k]) / k for k in range(1, len(right) + 1)]
+        found = sum(right)
+        scores["map"].append(sum(p for p, hit in zip(precisions, right, strict=True) if hit) / found)
+        first = zip(precisions[:found], right, strict=False)
+        scores["map_r"].append(sum(p for p, hit in first if hit) / found)
+        for k in (1, 5, 10):
+            scores[f"recall{k}"].append(any(right[:k]))
+    return {name: 100 * np.mean(values) for name, values in scores.items()}
+
+
+def test_retrieval_equals_plain_loops_and_leaves_out_queries_without_partner():
     y = torch.arange(4).repeat_interleave(torch.tensor([20, 15, 2, 1]))
     centres = 0.5 * randn(4, 6, seed=1)
     x = randn(38, 6) + centres[y]
-    expected = plain_map(x, y)
-    assert probe.retrieval_map(x, y) == pytest.approx(expected)
-    without = probe.retrieval_map(x[:37], y[:37])
-    assert without != pytest.approx(expected)  # the last one, alone of its class, is a distractor
-    assert probe.retrieval_map(x[:4], torch.arange(4)) is None
+    expected = plain_retrieval(x, y)
+    assert probe.retrieval(x, y) == pytest.approx(expected)
+    assert expected["map"] == pytest.approx(plain_map(x, y))
+    assert len({round(value, 6) for value in expected.values()}) == 5
+    without = probe.retrieval(x[:37], y[:37])["map"]
+    assert without != pytest.approx(expected["map"])  # the last one, alone of its class, is a distractor
+    assert probe.retrieval(x[:4], torch.arange(4)) == {}
 
 
-def test_retrieval_map_of_two_classes_in_turn_on_a_circle():
+def test_retrieval_of_two_classes_in_turn_on_a_circle():
     """Of the 599 others, the places of an image's class are known."""
     angle = torch.arange(600, dtype=torch.double) * 2 * math.pi / 600
     angle += 1e-4 * torch.rand(600, generator=gen())
@@ -332,7 +353,12 @@ def test_retrieval_map_of_two_classes_in_turn_on_a_circle():
     # both neighbours are of the other class, the next two of the same one, and so on
     ranks = [rank for rank in range(1, 600) if rank % 4 in (3, 0)]
     precisions = [k / rank for k, rank in enumerate(ranks, 1)]
-    assert probe.retrieval_map(x, y) == pytest.approx(100 * np.mean(precisions), rel=1e-9)
+    found = probe.retrieval(x, y)
+    assert found["map"] == pytest.approx(100 * np.mean(precisions), rel=1e-9)
+    first = [p for p, rank in zip(precisions, ranks, strict=True) if rank <= 299]
+    assert found["map_r"] == pytest.approx(100 * sum(first) / 299, rel=1e-9)
+    assert found["recall1"] == 0
+    assert found["recall5"] == found["recall10"] == 100
 
 
 @pytest.mark.parametrize(("spec", "levels", "others"), [
@@ -658,7 +684,7 @@ def test_weights_give_the_features_of_the_vit_in_the_file(small, weights, flags,
     backbone = probe.load_backbone(args, CPU)
     direct = backbone_of(vit, mean, std)
     folder = common.Folder(small.data, "val")
-    got, expected = (probe.embed_folder(args, b, folder, "noisy", CPU) for b in (backbone, direct))
+    got, expected = (probe.embed_folder(args, b, CPU, folder, "noisy") for b in (backbone, direct))
     torch.testing.assert_close(everything(got), everything(expected))
 
 
@@ -747,7 +773,7 @@ class Stage:
 
     def embed(self, folder, source="noisy", **kw):
         """Features of the central view (N, 5, D)."""
-        return everything(probe.embed_folder(self.args, self.backbone, folder, source, CPU, **kw))[0]
+        return everything(probe.embed_folder(self.args, self.backbone, CPU, folder, source, **kw))[0]
 
     def accuracy(self, head, folder, source="noisy", **kw):
         """Top-1 on a folder of a head of linear_probe."""
@@ -770,7 +796,7 @@ def test_features_of_views_are_those_of_crop_views_in_the_order_of_the_images(sm
     stage = Stage(small, *NOISE)
     args, folder = stage.args, stage.folder("train")
     assert len(folder) == 36
-    got = everything(probe.embed_folder(args, stage.backbone, folder, "noisy", CPU, 2))
+    got = everything(probe.embed_folder(args, stage.backbone, CPU, folder, "noisy", views=2))
     assert got.shape == (3, 36, 5, 16)
     for i in (0, 35):
         crops = probe.crop_views(args, folder.read(i), 2, folder.paths[i])
@@ -812,7 +838,8 @@ def test_result_holds_every_figure_and_each_is_the_figure_of_its_features(small,
         cls = z[:, 0]
         linear = probe.predict(z, *head)[:, 0]
         nearest = probe.knn(x[:, 0], y, cls, 3)
-        assert result[f"{prefix}map"] == pytest.approx(plain_map(cls, val_y), rel=1e-3)
+        for figure, value in plain_retrieval(cls, val_y).items():
+            assert result[prefix + figure] == pytest.approx(value, rel=1e-3)
         for name, score in (("", probe.accuracy), ("balanced_", probe.balanced_accuracy)):
             assert result[f"{prefix}{name}linear"] == score(linear, val_y)
             of_neighbours = {str(k): score(answers, val_y) for k, answers in nearest.items()}
@@ -1409,11 +1436,11 @@ def test_report_gives_mean_and_deviation_over_seeds(runs, result, capsys):
     clean = f"{result['clean_linear']:.1f} ± 0.0"
     rest = [clean, f"{knn:.1f} ± 0.0", f"{mean:.1f} ± 0.0", "0.55 ± 0.07"]
     cost = ["2.0 ± 1.4", "7.0 ± 0.0", "0.25 ± 0.00"]  # minutes, images/s, peak GB
-    figures, sweep = rows["noisy"]
+    figures, more, sweep = rows["noisy"]
     assert figures == ["2", "51.5 ± 2.1", *rest, *cost]  # of a sample: 3 / sqrt(2)
     assert sweep[0] == clean
     assert sweep[-1] == "31.5 ± 2.1"  # the strongest noise comes last
-    figures, _ = rows["nct"]
+    figures, *_ = rows["nct"]
     assert figures == ["2", "61.5 ± 0.0", *rest, *cost]
     assert "| noisy | 2 | 51.5" in capsys.readouterr().out
     stored = common.read_json("runs/results.json")
@@ -1437,7 +1464,7 @@ def test_report_shows_balanced_accuracy_where_classes_differ_in_size(runs, resul
     assert call(probe, "report", "runs") == 0
     text = Path("runs/results.md").read_text()
     assert "| linear | linear, balanced | linear, clean val | 20-NN | 20-NN, balanced |" in text
-    figures, _ = table_rows(text)["noisy"]
+    figures, *_ = table_rows(text)["noisy"]
     assert figures[1:3] == ["51.5 ± 2.1", "44.2 ± 0.0"]
     assert figures[5] == "33.5 ± 0.0"
     assert "A class has 2 to 8 validation images" in text
@@ -1471,10 +1498,10 @@ def test_report_has_a_table_of_each_head_on_few_labels_over_draws_of_all_seeds(r
     text = Path("runs/results.md").read_text()
     assert text.index("Logistic regression on so many labels a class") < text.index("Nearest neighbour on")
     assert header_of(text, "| arm | 5 ") == "| arm | 5 | 20 |"
-    _, _, linear, nearest = table_rows(text)["noisy"]
+    *_, linear, nearest = table_rows(text)["noisy"]
     assert linear == ["61.5 ± 1.3"] * 2  # of 60, 62, 61, 63
     assert nearest == ["30.5 ± 1.0"] * 2
-    assert table_rows(text)["nct"][2:] == [["-", "-"]] * 2  # not probed on few labels
+    assert table_rows(text)["nct"][3:] == [["-", "-"]] * 2  # not probed on few labels
 
 
 def test_report_shows_four_pictures(runs):
