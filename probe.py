@@ -590,12 +590,12 @@ def answer_pixels(logits, side):
     return F.interpolate(maps, (side, side), mode="bilinear")[0].argmax(0)
 
 
-def count_pixels(args, folder, classes, logits):
-    """Confusion matrix over all known pixels of a folder; logits(i) gives (P, classes) of image i."""
+def count_pixels(args, folder, classes, logits, z):
+    """Confusion matrix over all known pixels of a folder; logits(z, i) gives (P, classes) of image i."""
     counts = torch.zeros(classes, classes, dtype=torch.long)
     for i in range(len(folder)):
         mask = torch.from_numpy(crop_mask(args, folder.mask(i))).long()
-        answers = answer_pixels(logits(i), len(mask))
+        answers = answer_pixels(logits(z, i), len(mask))
         known = mask != 255
         counts += confusion(answers[known], mask[known], classes)
     return counts
@@ -626,31 +626,29 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
     many = argparse.Namespace(**{**vars(args), "batch_size": 4 * args.batch_size})  # of patches
     head, chosen = choose_head(x, y, classes, many, keep, held, score, inputs, device, DENSE_RATES)
     order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(args.seed))
-    bank = keep[order[:BANK]]
-    token = next(iter(inputs.values()))
+    bank, token = keep[order[:BANK]], next(iter(inputs.values()))
     bank_x, bank_y = Vectors(x[0], token, bank)[:], y[bank].argmax(1)
 
-    def linear(z):
-        return lambda i: head_logits(z[of_image(i)], *head)[:, 0].cpu()
+    def linear(z, i):
+        return head_logits(z[of_image(i)], *head)[:, 0].cpu()
 
-    def nearest(z):
-        def votes(i):
-            answers = knn(bank_x, bank_y, z[of_image(i)][:, token].flatten(1), classes, (20,))
-            return F.one_hot(answers[20], classes).float()
-        return votes
+    def nearest(z, i):
+        vectors = z[of_image(i)][:, token].flatten(1)
+        answers = knn(bank_x, bank_y, vectors, classes, (20,))[20]
+        return F.one_hot(answers, classes).float()
 
     ious = {}
     for strength, (z,) in tests.items():
-        ious[strength] = class_iou(count_pixels(args, val, classes, linear(z)))
-    of_classes = [iou if iou == iou else None for iou in ious[""].tolist()]
-    result = {"dense_chosen": chosen, "class_iou": of_classes}
+        ious[strength] = class_iou(count_pixels(args, val, classes, linear, z))
+    means = {strength: iou.nanmean().item() for strength, iou in ious.items()}
+    result = {"dense_chosen": chosen, "class_iou": [None if iou.isnan() else iou.item() for iou in ious[""]]}
     for name, strength in {"": "", "clean_": 0}.items():
         if strength in tests:
-            counts = count_pixels(args, val, classes, nearest(*tests[strength]))
-            result |= {f"{name}iou": ious[strength].nanmean().item(), f"{name}knn_iou": mean_iou(counts)}
-    first = linear(*tests[""])
-    answers = [answer_pixels(first(i), args.img_size) for i in val.spread(SHOWN)]
-    return result, {k: iou.nanmean().item() for k, iou in ious.items()}, torch.stack(answers).byte()
+            counts = count_pixels(args, val, classes, nearest, *tests[strength])
+            result |= {f"{name}iou": means[strength], f"{name}knn_iou": mean_iou(counts)}
+    shown = [linear(*tests[""], i) for i in val.spread(SHOWN)]
+    answers = torch.stack([answer_pixels(logits, args.img_size) for logits in shown])
+    return result, means, answers.byte()
 
 
 # ==== k-NN, retrieval =============================================================================

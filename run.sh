@@ -254,12 +254,13 @@ if [ -d "$data/train" ] && [ -d "$data/val" ]; then
   attempt "$python" "$here/probe.py" check "${common[@]}" ${shot_flags[@]+"${shot_flags[@]}"}
   case $code in
     0) probes=yes ;;
-    3) ;;  # no class folders
+    3) ;;  # neither labels nor masks
     *) exit $code ;;
   esac
 fi
 [ -n "$probes" ] || [ -z "$shots" ] || fail "--shots $shots: has no effect without train/<class>/ and val/<class>/ in $data"
-[ -n "$probes" ] || echo "no train/<class>/ and val/<class>/ in $data: pretraining without probes"
+[ -n "$probes" ] || [ ! -d "$data/masks" ] || fail "--data $data: masks/ has no effect without train/, val/, masks/train/ and masks/val/"
+[ -n "$probes" ] || echo "no train/<class>/ and val/<class>/, and no masks/, in $data: pretraining without probes"
 through=(--denoised "$copy")  # what the probe of denoised images needs
 [ -n "$denoised" ] || through+=(--denoiser "$out/denoiser")
 anchored=(--denoised "$copy" --anchor "$anchor")

@@ -59,7 +59,12 @@ def unknown_class(data):
 
 
 def flat(data):
-    for k, path in enumerate([*data.rglob("*.png")]):
+    shutil.rmtree(data / "masks")
+    flat_beside_masks(data)
+
+
+def flat_beside_masks(data):
+    for k, path in enumerate([*data.glob("[tv]*/*/*.png")]):
         path.rename(data / f"{k}.png")
     for split in ("train", "val"):
         shutil.rmtree(data / split)
@@ -110,6 +115,7 @@ BAD = [  # flags, what the error line says, what is wrong with the data
     ("--shots few", "--shots: invalid floats value: 'few'"),
     ("--shots 5", "--shots 5: no class in data/train has so many images; the largest has 4"),
     ("--shots 2", "--shots 2: has no effect without train/<class>/ and val/<class>/ in data", flat),
+    ("", "masks/ has no effect without train/, val/, masks/train/ and masks/val/", flat_beside_masks),
     ("-- --epochs 3 --seed 1", f"-- --seed: {FROM_RUN_TO_RUN}"),
     ("-- --source=clean", f"-- --source=clean: {FROM_RUN_TO_RUN}"),
     ("-- --stop 3", f"-- --stop: {FROM_RUN_TO_RUN}"),
@@ -676,10 +682,10 @@ def test_images_in_which_the_check_finds_no_classes_have_no_probes(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
     flags = str.split("--data data --preset tiny --out out --arms noisy")
-    no_labels = f'case "$*" in *"probe.py check"*) exit {probe.NO_LABELS} ;; esac'
+    no_labels = f'case "$*" in *"probe.py check"*) exit {probe.NO_TARGETS} ;; esac'
     commands, text = recorded(tmp_path, *flags, more=no_labels)
     assert [parse(line)[1] for line in commands] == ["pretrain.py", "probe.py report out"]
-    assert "no train/<class>/ and val/<class>/ in data: pretraining without probes" in text
+    assert "no train/<class>/ and val/<class>/, and no masks/, in data: pretraining without probes" in text
 
 
 def test_time_that_is_left_is_told_once_a_pretraining_took_some(tmp_path):
