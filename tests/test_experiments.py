@@ -185,6 +185,17 @@ def test_every_figure_of_the_page_is_in_the_tables():
     assert not [figure for figure in quoted if figure not in tables]
 
 
+@pytest.mark.parametrize("name", ["star_galaxy", "mstar10"])
+def test_every_figure_of_real_noise_is_that_of_its_file(name):
+    arms = common.read_json(RESULTS / f"{name}.json")
+    results = [result for runs in arms.values() for result in runs.values()]
+    made = probe.figures_table(arms, probe.COLUMNS, probe.shown_columns(results)) + probe.few_shot_tables(arms)
+    rows = [line for line in made if line.startswith("| ")]
+    page = (RESULTS / "README.md").read_text().split("\n## Real noise")[1].splitlines()
+    assert len(rows) >= 9
+    assert set(rows) <= set(page)
+
+
 def test_results_are_sorted_whole_and_name_no_path_of_a_machine():
     lines = (RESULTS / "experiments.jsonl").read_text().splitlines()
     results = [json.loads(line) for line in lines]
