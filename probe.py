@@ -1,15 +1,15 @@
-"""Stage 3: what a frozen backbone is worth on noisy images: linear probe, k-NN, retrieval, robustness; the report.
+"""Stage 3: what a frozen backbone is worth on noisy images: linear probe, k-NN, retrieval, masks; the report.
 
     python probe.py --preset tiny --data DIR --noise gauss100 --run OUT/nct --out OUT/nct.json
     python probe.py --preset imagenet1k --data DIR --noise gauss255 --weights FILE --out FILE.json
     torchrun --nproc_per_node 8 -- probe.py ...   (each process embeds its share of the images)
     python probe.py check --data DIR              (labels, masks, headers; exit code 3: no labels, no masks)
-    python probe.py report runs/NAME              (results.md, results.json, four pictures)
+    python probe.py report runs/NAME              (results.md, results.json, pictures)
     python probe.py embed --run OUT/nct --data DIR --out FILE.npz     (features of any images)
 
-In: DIR/{train,val}/<class>/*, and a finished run of pretrain.py or a file of ViT weights: ours,
-DINOv2's, the paper's teacher checkpoints, timm's. Out: one JSON file. Labels are used here alone;
-embed needs none.
+In: DIR/{train,val}/<class>/*, DIR/masks/{train,val}/**.png or both, and a finished run of pretrain.py
+or a file of ViT weights: ours, DINOv2's, the paper's teacher checkpoints, timm's. Out: a JSON file,
+and .npz beside it for the report. Labels and masks are used here alone; embed needs none.
 """
 
 import argparse
@@ -1153,7 +1153,7 @@ def few_shot_tables(arms):
 
 
 def report(out):
-    """results.md, results.json and four pictures from out/probe/ARM-seedK.json and out/pretrain; of
+    """results.md, results.json and pictures from out/probe/ARM-seedK.json and out/pretrain; of
     images without labels, which no probe has seen, from out/pretrain alone. Raises UserError."""
     arms = by_arm(read_results(out) or read_runs(out))
     if not arms:
