@@ -519,11 +519,11 @@ class Folder:
                 read, name = functools.partial(self.read, source=source), f"read {source}"
                 self.memory[source] = parallel(read, range(len(self)), name, workers or 1)
 
-    def fingerprint(self):
-        """The same for the same names and sizes of files, wherever they lie."""
+    def fingerprint(self, masks=False):
+        """The same for the same names and sizes of files, or of their masks, wherever they lie."""
         digest = hashlib.sha256()
         for path in self.paths:
-            file, _ = split_page(self.data / path)
+            file = self.mask_file(path) if masks else split_page(self.data / path)[0]
             line = f"{path} {os.stat(file).st_size}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
         return f"{len(self)} images of {self.channels} channels, {digest.hexdigest()[:32]}"
@@ -537,10 +537,13 @@ class Folder:
     def has_masks(self):
         return (self.data / "masks" / self.split).is_dir()
 
+    def mask_file(self, path):
+        """The PNG of the same name in DIR/masks."""
+        return self.data / "masks" / f"{stem(path)}.png"
+
     def mask(self, i):
-        """The class of every pixel of image i, uint8 (H, W), 255 where it is unknown: the file of the
-        same name in DIR/masks, a PNG. Raises UserError."""
-        path = self.data / "masks" / f"{stem(self.paths[i])}.png"
+        """The class of every pixel of image i, uint8 (H, W), 255 where it is unknown. Raises UserError."""
+        path = self.mask_file(self.paths[i])
         try:
             with Image.open(path) as image:
                 if image.mode not in ("L", "P", "1"):

@@ -278,10 +278,11 @@ def blocks(x, images=None):
 
 
 class Vectors:
-    """Some tokens side by side of features x (N, 5, D): rows (F,) of these images, read when asked for.
-    [:] are all of them."""
-    def __init__(self, x, tokens, images):
-        self.x, self.tokens, self.images = x, tokens, images
+    """Some tokens side by side of features x (N, T, D): rows (F,) of these images, or of all, read when
+    asked for. [:] are all of them."""
+    def __init__(self, x, tokens, images=None):
+        self.x, self.tokens = x, tokens
+        self.images = torch.arange(len(x)) if images is None else images
 
     def __len__(self):
         return len(self.images)
@@ -637,18 +638,18 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
         answers = knn(bank_x, bank_y, vectors, classes, (20,))[20]
         return F.one_hot(answers, classes).float()
 
-    ious = {}
+    result, sweep = {"dense_chosen": chosen}, {}
     for strength, (z,) in tests.items():
-        ious[strength] = class_iou(count_pixels(args, val, classes, linear, z))
-    means = {strength: iou.nanmean().item() for strength, iou in ious.items()}
-    result = {"dense_chosen": chosen, "class_iou": [None if iou.isnan() else iou.item() for iou in ious[""]]}
-    for name, strength in {"": "", "clean_": 0}.items():
-        if strength in tests:
-            counts = count_pixels(args, val, classes, nearest, *tests[strength])
-            result |= {f"{name}iou": means[strength], f"{name}knn_iou": mean_iou(counts)}
+        counts = count_pixels(args, val, classes, linear, z)
+        sweep[strength] = mean_iou(counts)
+        if strength in PREFIXES:
+            prefix, by_class = PREFIXES[strength], class_iou(counts)
+            result[f"{prefix}iou"] = sweep[strength]
+            result[f"{prefix}class_iou"] = [None if iou.isnan() else iou.item() for iou in by_class]
+            result[f"{prefix}knn_iou"] = mean_iou(count_pixels(args, val, classes, nearest, z))
     shown = [linear(*tests[""], i) for i in val.spread(SHOWN)]
     answers = torch.stack([answer_pixels(logits, args.img_size) for logits in shown])
-    return result, means, answers.byte()
+    return result, sweep, answers.byte()
 
 
 # ==== k-NN, retrieval =============================================================================
@@ -856,6 +857,9 @@ def open_folder(args, split, channels=None, limits=None):
     return folder, "denoised" if args.denoised else "noisy"
 
 
+PREFIXES = {"": "", 0: "clean_"}  # of figures by strength of the test noise, "" as it is
+
+
 def test_sets(args, val, source, denoiser):
     """What is tested: {"": val as it is, strength: val under other noise}, each (images, source, model
     that they go through first). Denoised images need a denoiser for other noise."""
@@ -875,9 +879,11 @@ def patch_cosine(args, backbone, device, noisy, clean):
     def embed(crops):  # (B, P, D)
         return backbone.patches(crops)[:, :, token].flatten(2)
 
-    of_noisy, of_clean = (embed_blocks(args, embed, folder, source, device, denoiser=denoiser)
-                          for folder, source, denoiser in (noisy, clean))
-    cosines = [F.cosine_similarity(a[0], b[0], dim=-1).mean(1) for a, b in zip(of_noisy, of_clean, strict=True)]
+    made, cosines = [], []
+    for folder, source, denoiser in (noisy, clean):
+        made.append(embed_blocks(args, embed, folder, source, device, denoiser=denoiser))
+    for (a,), (b,) in zip(*made, strict=True):  # the same images (B, P, D)
+        cosines.append(F.cosine_similarity(a, b, dim=-1).mean(1))
     return torch.cat(cosines).mean().item()
 
 
@@ -890,24 +896,26 @@ def label_figures(args, backbone, labels, x, tests, device):
     if args.pixels:  # chosen on all labels, with few labels, too: in favour of pixels
         tokens = nearest_tokens(x[0], y, classes, args.seed)
 
-    def vectors(z):
-        return Vectors(z[0], tokens, torch.arange(len(z[0])))
-
-    sizes = val_y.unique(return_counts=True)[1]
-    result = {"chosen": chosen, "classes": classes, "class_sizes": [sizes.min().item(), sizes.max().item()]}  # of val
-    for prefix, strength in {"": "", "clean_": 0}.items():
-        if strength not in tests:
+    train_x = Vectors(x[0], tokens)
+    _, sizes = val_y.unique(return_counts=True)
+    result = {"chosen": chosen, "classes": classes}
+    result["class_sizes"] = [sizes.min().item(), sizes.max().item()]  # of val
+    sweep = {}
+    for strength, (z,) in tests.items():
+        linear = predict(z, *head)[:, 0]
+        sweep[strength] = accuracy(linear, val_y)
+        if strength not in PREFIXES:
             continue
-        z = tests[strength]
-        linear = predict(z[0], *head)[:, 0]
-        nearest = knn(vectors(x), y, vectors(z)[:], classes)
+        prefix, vectors = PREFIXES[strength], Vectors(z, tokens)[:]
+        nearest = knn(train_x, y, vectors, classes)
         for name, score in {"": accuracy, "balanced_": balanced_accuracy}.items():
             result[f"{prefix}{name}linear"] = score(linear, val_y)
             result[f"{prefix}{name}knn"] = {str(k): score(nearest[k], val_y) for k in nearest}
-        for name, value in retrieval(vectors(z)[:], val_y).items():
+        for name, value in retrieval(vectors, val_y).items():
             result[prefix + name] = value
-    result["few_shots"] = few_shots(vectors(x), y, vectors(tests[""])[:], val_y, classes, args, device)
-    return result, {k: accuracy(predict(z[0], *head)[:, 0], val_y) for k, z in tests.items()}
+    val_x = Vectors(*tests[""], tokens)[:]
+    result["few_shots"] = few_shots(train_x, y, val_x, val_y, classes, args, device)
+    return result, sweep
 
 
 def arrays_of(out):
@@ -930,21 +938,24 @@ def evaluate(args, device, saved):
     if train.channels != backbone.channels:
         raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
     val, _ = open_folder(args, "val", train.channels, train.limits)
+    labels, classes = read_targets(train, val, args.shots)
+    masks = [folder.fingerprint(masks=True) for folder in (train, val) if classes]
     origin = {"range": train.limits, "files": [train.fingerprint(), val.fingerprint()],
-              "masks": train.has_masks(), "shots": args.shots, **backbone.about}
+              "masks": masks, "shots": args.shots, **backbone.about}
     if origin.items() <= saved.items() and arrays_of(args.out).exists():
         c.say(f"{args.out}: complete, nothing to do")
         return None
-    labels, classes = read_targets(train, val, args.shots)
     tests = test_sets(args, val, source, denoiser)
 
     def embed_tests(embed):
         made = {test: embed(args, backbone, device, *test) for test in dict.fromkeys(tests.values())}
         return {strength: made[test] for strength, test in tests.items()}
 
-    x, val_x = embed_folder(args, backbone, device, train, source, views=args.views), embed_tests(embed_folder)
+    x = embed_folder(args, backbone, device, train, source, views=args.views)
+    val_x = embed_tests(embed_folder)
     if classes:
-        patches, val_patches = embed_patches(args, backbone, device, train, source), embed_tests(embed_patches)
+        patches = embed_patches(args, backbone, device, train, source)
+        val_patches = embed_tests(embed_patches)
     result, arrays = {"train": len(train), "val": len(val)}, {}
     if 0 in tests:
         result["patch_cosine"] = patch_cosine(args, backbone, device, tests[""], tests[0])
@@ -958,15 +969,16 @@ def evaluate(args, device, saved):
         figures, sweeps["iou"], arrays["answers"] = dense_probe(
             args, backbone, classes, train, val, patches, val_patches, device)
         result |= figures
-    tokens = {strength: Vectors(z[0], [0], torch.arange(len(val)))[:] for strength, z in val_x.items()}
+    cls = Vectors(*val_x[""], [0])[:]
     if 0 in tests:
-        result["cosine"] = F.cosine_similarity(tokens[""], tokens[0]).mean().item()
+        clean_cls = Vectors(*val_x[0], [0])[:]
+        result["cosine"] = F.cosine_similarity(cls, clean_cls).mean().item()
         result["sweep"] = []
-        for strength, (folder, *_) in tests.items():
-            if strength != "":
-                point = {name: sweep[strength] for name, sweep in sweeps.items()}
-                result["sweep"].append({"strength": strength, "noise": folder.spec, **point})
-    arrays["cls"] = tokens[""].half()
+    for strength, (folder, *_) in tests.items():
+        if strength != "":
+            point = {name: sweep[strength] for name, sweep in sweeps.items()}
+            result["sweep"].append({"strength": strength, "noise": folder.spec, **point})
+    arrays["cls"] = cls.half()
     c.write_atomic(arrays_of(args.out), lambda file: np.savez(file, **arrays))
     return {**result, "seconds": c.now() - started, "config": vars(args), **origin}
 

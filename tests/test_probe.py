@@ -536,7 +536,7 @@ def test_answers_do_not_depend_on_the_size_of_blocks(monkeypatch, block):
     features = on_disk(x)
     assert torch.equal(probe.predict(features, *head), answers)
     assert torch.equal(probe.predict(features, *head, images=KEEP), answers[KEEP])
-    vectors = probe.Vectors(features, [0], torch.arange(40))
+    vectors = probe.Vectors(features, [0])
     assert torch.equal(vectors[:], x[:, 0])
     assert probe.few_shots(vectors, Y, val_x[:, 0], val_y, 3, args) == few
     assert probe.nearest_tokens(features, Y, 3, 0) == chosen
