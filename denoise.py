@@ -533,14 +533,15 @@ def check_target(args, model, settings):
     out = Path(args.out)
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
     maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32], **settings}
-    note = out / "made_by.json"
-    if note.exists():
-        return c.check_config(c.read_json(note), maker, (), out)
-    found = c.list_images(out)
-    if found:
-        raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; name another folder")
-    if c.world()[0] == 0:
+    note, first = out / "made_by.json", c.world()[0] == 0
+    if first and note.exists():
+        c.check_config(c.read_json(note), maker, (), out)
+    elif first:
+        found = c.list_images(out)
+        if found:
+            raise UserError(f"--out {out}: holds images that apply did not make, {found[0]} first; name another folder")
         c.write_json(note, maker)
+    c.all_reduce(torch.zeros(1))  # no process writes an image before the first has looked
 
 
 def picture(x):

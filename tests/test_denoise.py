@@ -1077,6 +1077,7 @@ def test_finished_files_are_skipped_and_a_deleted_one_is_made_again(denoised):
 def test_process_that_starts_late_leaves_out_no_image(denoised, monkeypatch):
     """Each process looks for what is already made on its own, and others may have made some."""
     data, denoiser, out = denoised
+    monkeypatch.setattr(common, "all_reduce", lambda x: x)
     monkeypatch.setattr(common, "world", lambda: (0, 2))
     assert apply(data, denoiser, "out", *NOISE) == 0
     by_one = files("out")
@@ -1085,6 +1086,25 @@ def test_process_that_starts_late_leaves_out_no_image(denoised, monkeypatch):
     assert set(by_one) < set(files("out")) == set(files(out))
     for path in by_one:
         assert Path("out", path).read_bytes() == (out / path).read_bytes()
+
+
+def test_process_that_looks_between_the_first_ones_note_and_its_images_refuses_nothing(denoised, monkeypatch):
+    """The first process alone judges --out; the others wait until it has, before they write."""
+    data, denoiser, out = denoised
+    one = next(path for path in files(out) if path != "made_by.json")
+    Path("out", one).parent.mkdir(parents=True)
+    waited = []
+
+    def wait(x):
+        waited.append(len(files("out")))
+        return x
+
+    shutil.copy(out / one, Path("out", one))  # of the first process, whose note this one has missed
+    monkeypatch.setattr(common, "all_reduce", wait)
+    monkeypatch.setattr(common, "world", lambda: (1, 2))
+    assert apply(data, denoiser, "out", *NOISE) == 0
+    assert waited[0] == 1
+    assert len(files("out")) > 1
 
 
 def test_missing_image_is_made_again_in_the_chunk_of_a_whole_copy(denoised, monkeypatch):

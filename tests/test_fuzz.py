@@ -157,9 +157,11 @@ def results(out):
             found[name] = path.read_text()
         elif path.name == "log.jsonl":
             found[name] = log_without_clock(path)
+        elif path.suffix == ".npz":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.parent.name == "probe":
             figures = json.loads(path.read_text())
-            kept = ("linear", "knn", "map", "clean_linear", "sweep")
+            kept = ("linear", "knn", "map", "iou", "clean_linear", "sweep")
             found[name] = [figures.get(k) for k in kept]
     return found
 

@@ -603,7 +603,7 @@ def test_every_stage_has_the_range_of_the_training_images(capsys):
     assert call(probe, *data, *HEADS, "--pixels", "--out", "probe/pixels-seed0.json") == 0
     copy = ["--denoised", "copy", "--denoiser", "denoiser"]
     assert call(probe, *data, *HEADS, "--run", "first", *copy, "--out", "probe/denoised-seed0.json") == 0
-    for path in Path("probe").iterdir():
+    for path in Path("probe").glob("*.json"):
         assert common.read_json(path)["range"] == limits
 
 
