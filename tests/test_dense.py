@@ -89,6 +89,7 @@ def test_a_mask_that_is_none_is_named(folder, mask, said):
 def test_shares_of_a_patch_are_those_of_its_known_pixels(side, grid):
     mask = np.random.default_rng(0).choice([0, 1, 2, 2, 255], size=(side, side))
     shares = probe.patch_shares(mask, grid, 4)
+    assert shares.shape == (grid**2, 4)
     for row in range(grid):
         for column in range(grid):
             pixels = [mask[y, x] for y in range(side) for x in range(side)
@@ -185,18 +186,19 @@ def test_pixels_of_a_patch_lie_in_the_middle_of_its_neighbours():
 
 # ==== the dense probe =============================================================================
 def draw_squares(root, count, label):
-    """Bright squares (class 1) and crosses (class 2) on grey ground; label: folder of an image, or ''."""
+    """Bright squares (class 1) or dark ones (class 2) on grey ground, images of 40 x 32 pixels; label: whether
+    each lies in a folder of its class."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for i in range(count):
             mask = np.zeros((40, 32), np.uint8)
-            top, left = rng.integers(4, 16, 2)
+            top, left = rng.integers(8, 16, 2)
             kind = i % 2 + 1
             mask[top:top + 12, left:left + 12] = kind
             level = np.array([90, 200, 20])[mask]
             name = f"{split}/{label and CLASSES[i % 2]}/{i}.png"
             write_image(root / name, (level + rng.normal(0, 10, mask.shape)).clip(0, 255))
-            mask[:3] = 255
+            mask[:12] = 255  # of the middle 32 rows 8, the first row of patches
             write_image(root / "masks" / name, mask)
 
 
@@ -239,9 +241,10 @@ def test_pixels_that_tell_the_classes_apart_segment_them_nearly_as_well_as_true_
     folder, answers, right = common.Folder(squares / "data", "val"), [], []
     for i in range(len(folder)):
         mask = folder.mask(i)[4:36]
-        answers.append(probe.answer_pixels(probe.patch_shares(mask, 4, 3), 32))
-        right.append(torch.from_numpy(mask).long())
-    best = probe.mean_iou(probe.confusion(torch.cat(answers).flatten(), torch.cat(right).flatten(), 3))
+        known = mask != 255
+        answers.append(probe.answer_pixels(probe.patch_shares(mask, 4, 3), 32)[known])
+        right.append(torch.from_numpy(mask[known]).long())
+    best = probe.mean_iou(probe.confusion(torch.cat(answers), torch.cat(right), 3))
     result = read(squares, "pixels")
     assert 0.8 * best < result["iou"] < best
     assert 0.7 * best < result["knn_iou"] < best
@@ -253,13 +256,17 @@ def test_dense_figures_are_those_of_a_plain_loop_over_all_known_pixels(squares, 
     args = probe.read_config(flags)
     heads, choose = [], probe.choose_head
 
-    def watched(*how):
-        heads.append(choose(*how)[0])
-        return choose(*how)
+    def watched(x, y, classes, args, keep, held, *more):
+        """Of the 16 patches of an image the first four have no known pixel: no head sees them."""
+        assert len(keep) + len(held) == 100 * 12
+        assert {*(keep % 16).tolist()} == {*(held % 16).tolist()} == {*range(4, 16)}
+        assert not {*(keep // 16).tolist()} & {*(held // 16).tolist()}  # nor held-out images
+        heads.append(choose(x, y, classes, args, keep, held, *more))
+        return heads[0]
 
     monkeypatch.setattr(probe, "choose_head", watched)
     result = probe.evaluate(args, CPU, {})
-    tokens, weight, bias = heads[0]
+    tokens, weight, bias = heads[0][0]
     folder, pixels = common.Folder("data", "val", "gauss50"), probe.Pixels(args)
     found, right = [], []
     for i in range(len(folder)):
@@ -271,13 +278,12 @@ def test_dense_figures_are_those_of_a_plain_loop_over_all_known_pixels(squares, 
         known = mask != 255
         found += answers.numpy()[known].tolist()
         right += mask[known].tolist()
-    assert len(right) == 100 * 32 * 32  # what is unknown lies outside of the crop
+    assert len(right) == 100 * 24 * 32
     expected = plain_ious(found, right, 3)
     assert result["class_iou"] == pytest.approx([expected[k] for k in range(3)], abs=0.05)
 
 
-def test_unknown_pixels_count_nowhere(squares, monkeypatch):
-    """A third class, everywhere unknown to the masks, changes no figure."""
+def test_pixels_outside_of_the_crops_count_nowhere(squares, monkeypatch):
     monkeypatch.chdir(squares)
     expected = read(squares, "pixels")
     for split in ("train", "val"):
