@@ -14,6 +14,7 @@ and .npz beside it for the report. Labels and masks are used here alone; embed n
 
 import argparse
 import colorsys
+import functools
 import hashlib
 import math
 import os
@@ -138,12 +139,17 @@ class Backbone:
         layers = self.model.last_layers((c.to_float(crops) - self.mean) / self.std, n)
         return layers + layers[-1:] * (n - len(layers))
 
-    def embed(self, crops):
+    def embed(self, crops, dense=False):
         """Crops (B, C, S, S) to (B, 5, D) float32: the class tokens of the last 4 blocks, the
-        last first; the last block's mean patch token."""
+        last first; the last block's mean patch token. With dense (B, 5 + 4 P, D): then patch after
+        patch its tokens of these blocks."""
         layers = self.last_layers(crops, 4)
         tokens = [layer["cls"] for layer in layers]
-        return torch.stack([*tokens, layers[0]["patches"].mean(1)], 1).float()
+        tokens = torch.stack([*tokens, layers[0]["patches"].mean(1)], 1)
+        if dense:
+            patches = torch.stack([layer["patches"] for layer in layers], 2)  # (B, P, 4, D)
+            tokens = torch.cat([tokens, patches.flatten(1, 2)], 1)
+        return tokens.float()
 
     def tokens(self, crops):
         """Crops (B, C, S, S) to (B, 2 + N, D) float32, of the last block: the class token,
@@ -151,11 +157,6 @@ class Backbone:
         last = self.last_layers(crops, 1)[0]
         patches = last["patches"]
         return torch.cat([last["cls"][:, None], patches.mean(1, keepdim=True), patches], 1).float()
-
-    def patches(self, crops):
-        """Crops (B, C, S, S) to (B, P, 4, D) float32: the tokens of every patch of the last 4 blocks."""
-        layers = self.last_layers(crops, 4)
-        return torch.stack([layer["patches"] for layer in layers], 2).float()
 
 
 class Pixels:
@@ -171,18 +172,19 @@ class Pixels:
         tokens = torch.cat([self.embed(crop[None]) for crop in crops])
         self.mean, self.std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
 
-    def embed(self, crops):
-        """Crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16."""
-        areas = [F.adaptive_avg_pool2d(c.to_float(crops), side).flatten(1) for side in (8, 16)]
-        tokens = torch.cat(areas, 1).unflatten(1, (5, -1)).cpu()
-        return (tokens - self.mean) / self.std
-
-    def patches(self, crops):
-        """Crops (B, C, S, S) to (B, P, 9, C p p): the standardised pixels of every patch, in the middle of
-        those of its neighbours; zeros outside."""
-        mean, std = self.normal
-        x = F.pixel_unshuffle((c.to_float(crops.cpu()) - mean) / std, self.patch_size)  # (B, C p p, rows, columns)
-        return F.unfold(x, 3, padding=1).unflatten(1, (-1, 9)).permute(0, 3, 2, 1)
+    def embed(self, crops, dense=False):
+        """Crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16. With
+        dense (B, 5 + 9 P, 64 C): then patch after patch its 8 x 8 areas, in the middle of those of its
+        neighbours; zeros outside."""
+        x = c.to_float(crops).cpu()
+        areas = [F.adaptive_avg_pool2d(x, side).flatten(1) for side in (8, 16)]
+        tokens = (torch.cat(areas, 1).unflatten(1, (5, -1)) - self.mean) / self.std
+        if dense:
+            mean, std = self.normal
+            x = F.adaptive_avg_pool2d((x - mean) / std, 8 * x.shape[-1] // self.patch_size)
+            around = F.unfold(F.pixel_unshuffle(x, 8), 3, padding=1)  # (B, 64 C 9, P)
+            tokens = torch.cat([tokens, around.unflatten(1, (-1, 9)).permute(0, 3, 2, 1).flatten(1, 2)], 1)
+        return tokens
 
 
 def load_backbone(args, device):
@@ -313,40 +315,34 @@ def crop_views(args, image, views, path):
     return torch.stack(crops)
 
 
-def embed_folder(args, backbone, device, folder, source, denoiser=None, views=0):
-    """Features (N, 5, D) of every image in order: of each view, 1 + views, on the first process; none
-    on the others. denoiser: a model that the images go through first."""
-    kept = 1 + views if c.world()[0] == 0 else 0
+def embed_folder(args, backbone, device, folder, source, denoiser=None, views=0, dense=False):
+    """Features of every image in order, on the first process; none on the others: of its central crop
+    and each of its views (N, 5, D); with dense, last, of the patches of its central crop (N P, T, D).
+    denoiser: a model that the images go through first."""
+    kept = 1 + views + dense if c.world()[0] == 0 else 0
     features = [Features(Path(args.out).parent) for _ in range(kept)]
-    for block in embed_blocks(args, backbone.embed, folder, source, device, views, denoiser):
-        for of_view, rows in zip(features, block[:kept], strict=True):
-            of_view.append(rows)
-    return features
-
-
-def embed_patches(args, backbone, device, folder, source, denoiser=None):
-    """Features (N P, T, D) of every patch of every image in order, on the first process; none on the
-    others. Of a patch there are T tokens."""
-    features = [Features(Path(args.out).parent)] if c.world()[0] == 0 else []
     patches = (args.img_size // backbone.patch_size) ** 2
-
-    def embed(crops):
-        return backbone.patches(crops).flatten(1, 2)
-
-    for block in embed_blocks(args, embed, folder, source, device, 0, denoiser):
-        for kept in features:
-            kept.append(block[0].unflatten(1, (patches, -1)).flatten(0, 1))
+    embeds = [functools.partial(backbone.embed, dense=dense), *[backbone.embed] * views]
+    for block in embed_blocks(args, embeds, folder, source, device, denoiser):
+        if dense:
+            of_patches = block[0][:, 5:].unflatten(1, (patches, -1)).flatten(0, 1)
+            block = [block[0][:, :5], *block[1:], of_patches]
+        for rows, written in zip(block, features, strict=False):  # no features on other processes
+            written.append(rows)
     return features
 
 
-def embed_blocks(args, embed, folder, source, device, views=0, denoiser=None):
-    """Yield embed(crops), which is (B, tokens, D), of all images in order: blocks (1 + views, up to
-    CHUNK, tokens, D). Each process embeds its share, and gets the blocks of all."""
+def embed_blocks(args, embeds, folder, source, device, denoiser=None):
+    """Yield what the first of `embeds` makes of the central crops of all images in order, and the others
+    of random views: blocks, lists of (up to CHUNK, tokens, D). Each is a function of crops. Each
+    process embeds its share, and gets the blocks of all."""
     rank, size = c.world()
     context, _ = c.autocast(device, args.amp)
 
     def crop(chunk, images):  # (1 + views, B, C, S, S)
-        crops = [crop_views(args, x, views, folder.paths[i]) for i, x in zip(chunk, images, strict=True)]
+        crops = []
+        for i, x in zip(chunk, images, strict=True):
+            crops.append(crop_views(args, x, len(embeds) - 1, folder.paths[i]))
         return torch.stack(crops, 1)
 
     def read(*chunk):  # by the workers
@@ -362,12 +358,15 @@ def embed_blocks(args, embed, folder, source, device, views=0, denoiser=None):
     for chunk, batch in zip(mine, bar, strict=True):
         if denoiser:
             batch = crop(chunk, denoise.denoise_list(denoiser, batch, device))
-        with context():
-            embedded = torch.stack([embed(view.to(device)) for view in batch]).cpu()
-        block = F.pad(embedded, (0, 0, 0, 0, 0, CHUNK - len(chunk)))  # (1 + views, CHUNK, tokens, D)
-        for part in c.gather_rows(block[None]):  # of all processes
+        gathered = []  # of all processes, (size, CHUNK, tokens, D) each
+        for embed, view in zip(embeds, batch, strict=True):
+            with context():
+                embedded = embed(view.to(device)).cpu()
+            whole = F.pad(embedded, (0, 0, 0, 0, 0, CHUNK - len(chunk)))
+            gathered.append(c.gather_rows(whole[None]))
+        for parts in zip(*gathered, strict=True):
             if left > 0:
-                yield part[:, :left]
+                yield [part[:left] for part in parts]
             left -= CHUNK
 
 
@@ -396,9 +395,9 @@ def write_embeddings(args, device):
     features = {}
     if c.world()[0] == 0:  # the process that writes
         features = {name: Features(out.parent, torch.float) for name in parts}
-    for block in embed_blocks(args, wanted, folder, "noisy", device):
+    for (block,) in embed_blocks(args, [wanted], folder, "noisy", device):
         for name, rows in features.items():
-            rows.append(block[0, :, parts[name]])
+            rows.append(block[:, parts[name]])
     if features:
         c.write_atomic(out, lambda file: write_npz(file, folder.paths, features))
     c.say(f"{out}: {', '.join(['paths', *parts])} of {len(folder)} images")
@@ -535,7 +534,7 @@ def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
 
 # ==== dense probe: the class of every pixel =======================================================
 DENSE_RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]  # x batch/256
-BANK = 20000  # patches of training images that k-NN looks at
+BANK = 5000  # patches of training images that k-NN looks at
 SHOWN = 6  # images of a row of the report's pictures
 
 
@@ -588,7 +587,8 @@ def answer_pixels(logits, side):
     """The class (side, side) of every pixel, of the logits (P, classes) of its image's patches, enlarged."""
     grid = math.isqrt(len(logits))
     maps = logits.T.unflatten(1, (grid, grid))[None]
-    return F.interpolate(maps, (side, side), mode="bilinear")[0].argmax(0)
+    largest = F.interpolate(maps, (side, side), mode="bilinear")[0].max(0)
+    return largest.indices  # argmax takes five times as long
 
 
 def count_pixels(args, folder, classes, logits, z):
@@ -604,8 +604,8 @@ def count_pixels(args, folder, classes, logits, z):
 
 def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
     """Mean IoU in % of a linear head on patch tokens, chosen as linear_probe does, and of 20-NN. x of
-    train, tests of val by strength of its noise: what embed_patches gives. Patches learn the shares of
-    their classes; logits are enlarged to the masks. Gives figures, {strength: mean IoU}, the answers
+    train, tests of val by strength of its noise: (N P, T, D) each. Patches learn the shares of their
+    classes; logits are enlarged to the masks. Gives figures, {strength: mean IoU}, the answers
     for the pictures of the report, uint8 (pictures, S, S)."""
     grid = args.img_size // backbone.patch_size
     patches, inputs = grid**2, backbone.dense_inputs
@@ -624,11 +624,11 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
     def score(answers):
         return mean_iou(confusion(answers, held_y, classes))
 
-    many = argparse.Namespace(**{**vars(args), "batch_size": 4 * args.batch_size})  # of patches
-    head, chosen = choose_head(x, y, classes, many, keep, held, score, inputs, device, DENSE_RATES)
+    many = argparse.Namespace(**{**vars(args), "batch_size": 2 * args.batch_size})  # of patches
+    head, chosen = choose_head([x], y, classes, many, keep, held, score, inputs, device, DENSE_RATES)
     order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(args.seed))
     bank, token = keep[order[:BANK]], next(iter(inputs.values()))
-    bank_x, bank_y = Vectors(x[0], token, bank)[:], y[bank].argmax(1)
+    bank_x, bank_y = Vectors(x, token, bank)[:], y[bank].argmax(1)
 
     def linear(z, i):
         return head_logits(z[of_image(i)], *head)[:, 0].cpu()
@@ -639,7 +639,7 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
         return F.one_hot(answers, classes).float()
 
     result, sweep = {"dense_chosen": chosen}, {}
-    for strength, (z,) in tests.items():
+    for strength, z in tests.items():
         counts = count_pixels(args, val, classes, linear, z)
         sweep[strength] = mean_iou(counts)
         if strength in PREFIXES:
@@ -647,7 +647,7 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
             result[f"{prefix}iou"] = sweep[strength]
             result[f"{prefix}class_iou"] = [None if iou.isnan() else iou.item() for iou in by_class]
             result[f"{prefix}knn_iou"] = mean_iou(count_pixels(args, val, classes, nearest, z))
-    shown = [linear(*tests[""], i) for i in val.spread(SHOWN)]
+    shown = [linear(tests[""], i) for i in val.spread(SHOWN)]
     answers = torch.stack([answer_pixels(logits, args.img_size) for logits in shown])
     return result, sweep, answers.byte()
 
@@ -877,19 +877,21 @@ def patch_cosine(args, backbone, device, noisy, clean):
     token = next(iter(backbone.dense_inputs.values()))
 
     def embed(crops):  # (B, P, D)
-        return backbone.patches(crops)[:, :, token].flatten(2)
+        patches = (args.img_size // backbone.patch_size) ** 2
+        tokens = backbone.embed(crops, dense=True)[:, 5:]
+        return tokens.unflatten(1, (patches, -1))[:, :, token].flatten(2)
 
     made, cosines = [], []
     for folder, source, denoiser in (noisy, clean):
-        made.append(embed_blocks(args, embed, folder, source, device, denoiser=denoiser))
+        made.append(embed_blocks(args, [embed], folder, source, device, denoiser))
     for (a,), (b,) in zip(*made, strict=True):  # the same images (B, P, D)
         cosines.append(F.cosine_similarity(a, b, dim=-1).mean(1))
     return torch.cat(cosines).mean().item()
 
 
 def label_figures(args, backbone, labels, x, tests, device):
-    """Linear probe, k-NN, retrieval and few labels: x features of train, tests of val by strength of its
-    noise, as embed_folder gives them. Gives figures, {strength: linear probe}."""
+    """Linear probe, k-NN, retrieval and few labels: x features of train, V times (N, 5, D); tests of val by
+    strength of its noise, (M, 5, D) each. Gives figures, {strength: linear probe}."""
     classes, y, val_y = labels
     head, chosen = linear_probe(x, y, classes, args, device, backbone.inputs)
     tokens = [0]  # of k-NN, retrieval and few labels: the class token
@@ -901,7 +903,7 @@ def label_figures(args, backbone, labels, x, tests, device):
     result = {"chosen": chosen, "classes": classes}
     result["class_sizes"] = [sizes.min().item(), sizes.max().item()]  # of val
     sweep = {}
-    for strength, (z,) in tests.items():
+    for strength, z in tests.items():
         linear = predict(z, *head)[:, 0]
         sweep[strength] = accuracy(linear, val_y)
         if strength not in PREFIXES:
@@ -913,7 +915,7 @@ def label_figures(args, backbone, labels, x, tests, device):
             result[f"{prefix}{name}knn"] = {str(k): score(nearest[k], val_y) for k in nearest}
         for name, value in retrieval(vectors, val_y).items():
             result[prefix + name] = value
-    val_x = Vectors(*tests[""], tokens)[:]
+    val_x = Vectors(tests[""], tokens)[:]
     result["few_shots"] = few_shots(train_x, y, val_x, val_y, classes, args, device)
     return result, sweep
 
@@ -947,15 +949,13 @@ def evaluate(args, device, saved):
         return None
     tests = test_sets(args, val, source, denoiser)
 
-    def embed_tests(embed):
-        made = {test: embed(args, backbone, device, *test) for test in dict.fromkeys(tests.values())}
-        return {strength: made[test] for strength, test in tests.items()}
-
-    x = embed_folder(args, backbone, device, train, source, views=args.views)
-    val_x = embed_tests(embed_folder)
-    if classes:
-        patches = embed_patches(args, backbone, device, train, source)
-        val_patches = embed_tests(embed_patches)
+    dense = classes > 0
+    x = embed_folder(args, backbone, device, train, source, views=args.views, dense=dense)
+    made = {}
+    for test in tests.values():
+        if test not in made:  # strength 1 is val as it is
+            made[test] = embed_folder(args, backbone, device, *test, dense=dense)
+    val_x = {strength: made[test] for strength, test in tests.items()}
     result, arrays = {"train": len(train), "val": len(val)}, {}
     if 0 in tests:
         result["patch_cosine"] = patch_cosine(args, backbone, device, tests[""], tests[0])
@@ -963,15 +963,17 @@ def evaluate(args, device, saved):
         return None
     sweeps = {}
     if labels:
-        figures, sweeps["linear"] = label_figures(args, backbone, labels, x, val_x, device)
+        central = {strength: z[0] for strength, z in val_x.items()}
+        figures, sweeps["linear"] = label_figures(args, backbone, labels, x[:1 + args.views], central, device)
         result |= figures
     if classes:
+        patches = {strength: z[-1] for strength, z in val_x.items()}
         figures, sweeps["iou"], arrays["answers"] = dense_probe(
-            args, backbone, classes, train, val, patches, val_patches, device)
+            args, backbone, classes, train, val, x[-1], patches, device)
         result |= figures
-    cls = Vectors(*val_x[""], [0])[:]
+    cls = Vectors(val_x[""][0], [0])[:]
     if 0 in tests:
-        clean_cls = Vectors(*val_x[0], [0])[:]
+        clean_cls = Vectors(val_x[0][0], [0])[:]
         result["cosine"] = F.cosine_similarity(cls, clean_cls).mean().item()
         result["sweep"] = []
     for strength, (folder, *_) in tests.items():

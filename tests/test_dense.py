@@ -167,20 +167,26 @@ def test_whole_shares_are_classes():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_pixels_of_a_patch_lie_in_the_middle_of_its_neighbours():
+@pytest.mark.parametrize("size, side", [(8, 32), (16, 64)])
+def test_pixels_of_a_patch_lie_in_the_middle_of_its_neighbours(size, side):
+    """Larger patches are averaged to 8 x 8 areas."""
     pixels = object.__new__(probe.Pixels)
-    pixels.patch_size, pixels.normal = 4, torch.tensor([[0.5], [0.25]])[..., None, None]
-    crops = randint(256, 2, 1, 16, 16).byte()
-    tokens = pixels.patches(crops)  # (B, P, 9, p p)
-    x = (crops[:, 0] / 255 - 0.5) / 0.25
+    pixels.patch_size, pixels.normal = size, torch.tensor([[0.5], [0.25]])[..., None, None]
+    pixels.mean, pixels.std = 0.0, 1.0
+    crops = randint(256, 2, 1, side, side).byte()
+    tokens = pixels.embed(crops, dense=True)
+    assert torch.equal(tokens[:, :5], pixels.embed(crops))
+    tokens = tokens[:, 5:].unflatten(1, (16, 9))  # (B, P, 9, 64)
+    x = (crops / 255 - 0.5) / 0.25
+    x = x.unflatten(2, (32, -1)).unflatten(4, (32, -1)).mean((3, 5))[:, 0]
     for b in range(2):
         for row in range(4):
             for column in range(4):
                 for k in range(9):
-                    top, left = 4 * (row + k // 3 - 1), 4 * (column + k % 3 - 1)
-                    expected = torch.zeros(16)
-                    if 0 <= top < 16 and 0 <= left < 16:
-                        expected = x[b, top:top + 4, left:left + 4].flatten()
+                    top, left = 8 * (row + k // 3 - 1), 8 * (column + k % 3 - 1)
+                    expected = torch.zeros(64)
+                    if 0 <= top < 32 and 0 <= left < 32:
+                        expected = x[b, top:top + 8, left:left + 8].flatten()
                     torch.testing.assert_close(tokens[b, 4 * row + column, k], expected)
 
 
@@ -271,7 +277,8 @@ def test_dense_figures_are_those_of_a_plain_loop_over_all_known_pixels(squares, 
     found, right = [], []
     for i in range(len(folder)):
         crop = probe.central_crop(folder.read(i), 32, 32)
-        x = pixels.patches(crop[None])[0][:, tokens].half().float().flatten(1)
+        patches = pixels.embed(crop[None], dense=True)[0, 5:].unflatten(0, (16, 9))
+        x = patches[:, tokens].half().float().flatten(1)
         maps = (x @ weight[:, 0] + bias[0]).T.unflatten(1, (4, 4))
         answers = torch.nn.functional.interpolate(maps[None], (32, 32), mode="bilinear")[0].argmax(0)
         mask = folder.mask(i)[4:36]  # the middle of 40 rows
@@ -413,11 +420,10 @@ def test_check_takes_masks_for_labels_but_no_shots_of_them(folder, capsys):
 
 # ==== memory ======================================================================================
 WIDE = """
-def blocks(args, embed, folder, source, device, views=0, denoiser=None):  # random, as if of a wide ViT
+def blocks(args, embeds, folder, source, device, denoiser=None):  # random, as if of a wide ViT
     rng = torch.Generator().manual_seed(0)
-    tokens = 5 if embed.__name__ == "embed" and hasattr(embed, "__self__") else 64
     for part in torch.arange(len(folder)).split(probe.CHUNK):
-        yield torch.randn(1, len(part), tokens, 256, generator=rng)
+        yield [torch.randn(len(part), 5 + 16 * 4, 256, generator=rng)]
 probe.embed_blocks = blocks
 """
 

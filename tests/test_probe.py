@@ -804,17 +804,17 @@ def test_features_of_views_are_those_of_crop_views_in_the_order_of_the_images(sm
 
 
 def test_each_image_goes_through_the_backbone_once_per_view_and_test_noise(small, monkeypatch):
-    """Heads, few labels, k-NN and retrieval add none."""
+    """Heads, few labels, k-NN and retrieval add none; the cosine of patches, which nothing keeps, two of val."""
     seen, embed = [], probe.Backbone.embed
 
-    def watched(self, crops):
+    def watched(self, crops, dense=False):
         seen.append(len(crops))
-        return embed(self, crops)
+        return embed(self, crops, dense)
 
     monkeypatch.setattr(probe.Backbone, "embed", watched)
     probed(small.data, "--run", small.run, "--views", 2, "--shots", "2,5", *NOISE)
     train, val = 36 * 3, 24 * 7  # val under each noise of the sweep, its own among them
-    assert sum(seen) == train + val
+    assert sum(seen) == train + val + 24 * 2
 
 
 def numbers(value):
@@ -1273,10 +1273,10 @@ def test_memory_of_embedding_does_not_grow_with_the_number_of_images():
 
 
 WIDE = """
-def blocks(args, embed, folder, source, device, views=0, denoiser=None):  # random, as if of a wide ViT
+def blocks(args, embeds, folder, source, device, denoiser=None):  # random, as if of a wide ViT
     rng = torch.Generator().manual_seed(0)
     for part in torch.arange(len(folder)).split(probe.CHUNK):
-        yield torch.randn(1 + views, len(part), 5, 512, generator=rng)
+        yield [torch.randn(len(part), 5, 512, generator=rng) for _ in embeds]
 probe.embed_blocks = blocks
 """
 
