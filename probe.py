@@ -114,7 +114,7 @@ INPUTS = {"1 block": [0], "1 block + patches": [0, 4], "4 blocks": [0, 1, 2, 3],
           "4 blocks + patches": [0, 1, 2, 3, 4]}  # tokens that the heads see
 PIXELS = {"8 x 8 pixels": [0], "16 x 16 pixels": [1, 2, 3, 4]}
 DENSE = {"1 block": [0], "4 blocks": [0, 1, 2, 3]}  # tokens of a patch that dense heads see
-DENSE_PIXELS = {"its pixels": [4], "3 x 3 patches": [*range(9)]}
+DENSE_PIXELS = {"its pixels": [0], "3 x 3 patches": [0, 1]}
 PATCH_SIZES = {"demo": 8, "tiny": 8}  # of pixels, as of the preset's ViT; of other presets 16
 
 
@@ -174,17 +174,25 @@ class Pixels:
 
     def embed(self, crops, dense=False):
         """Crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16. With
-        dense (B, 5 + 9 P, 64 C): then patch after patch its 8 x 8 areas, in the middle of those of its
-        neighbours; zeros outside."""
+        dense (B, 5 + 2 P, 64 C): then of every patch 8 x 8 areas, and those of it with its eight
+        neighbours, zeros outside."""
         x = c.to_float(crops).cpu()
         areas = [F.adaptive_avg_pool2d(x, side).flatten(1) for side in (8, 16)]
         tokens = (torch.cat(areas, 1).unflatten(1, (5, -1)) - self.mean) / self.std
         if dense:
             mean, std = self.normal
-            x = F.adaptive_avg_pool2d((x - mean) / std, 8 * x.shape[-1] // self.patch_size)
-            around = F.unfold(F.pixel_unshuffle(x, 8), 3, padding=1)  # (B, 64 C 9, P)
-            tokens = torch.cat([tokens, around.unflatten(1, (-1, 9)).permute(0, 3, 2, 1).flatten(1, 2)], 1)
+            patches = self.patches((x - mean) / std)
+            tokens = torch.cat([tokens, patches.unflatten(0, (len(x), -1)).flatten(1, 2)], 1)
         return tokens
+
+    def patches(self, x):
+        """Images (B, C, S, S) to (B P, 2, 64 C)."""
+        p, channels = self.patch_size, x.shape[1]
+        around = F.unfold(x, 3 * p, padding=p, stride=p)  # (B, 9 C p p, P)
+        around = around.mT.reshape(-1, channels, 3 * p, 3 * p)
+        itself = around[..., p:2 * p, p:2 * p]
+        areas = [F.adaptive_avg_pool2d(pixels, 8).flatten(1) for pixels in (itself, around)]
+        return torch.stack(areas, 1)
 
 
 def load_backbone(args, device):
@@ -267,8 +275,11 @@ class Features:
 
     def __getitem__(self, images):  # their indices (B,)
         rows = torch.empty(len(images), *self.shape[1:], dtype=self.dtype)
-        for row, i in zip(rows.numpy(), images.tolist(), strict=True):
-            os.preadv(self.file.fileno(), [row], row.nbytes * i)
+        parts = rows.numpy()
+        if (images.diff() == 1).all():  # one after the other: read at once
+            parts, images = parts[None], images[:1]
+        for part, i in zip(parts, images.tolist(), strict=False):
+            os.preadv(self.file.fileno(), [part], rows[:1].nbytes * i)
         return rows.float()
 
 
