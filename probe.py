@@ -602,14 +602,16 @@ def answer_pixels(logits, side):
     return largest.indices  # argmax takes five times as long
 
 
-def count_pixels(args, folder, classes, logits, z):
-    """Confusion matrix over all known pixels of a folder; logits(z, i) gives (P, classes) of image i."""
-    counts = torch.zeros(classes, classes, dtype=torch.long)
+def count_pixels(args, folder, classes, heads):
+    """{name: confusion matrix over all known pixels of a folder} of heads {name: function of the index of
+    an image that gives the logits (P, classes) of its patches}."""
+    counts = {name: torch.zeros(classes, classes, dtype=torch.long) for name in heads}
     for i in range(len(folder)):
         mask = torch.from_numpy(crop_mask(args, folder.mask(i))).long()
-        answers = answer_pixels(logits(z, i), len(mask))
         known = mask != 255
-        counts += confusion(answers[known], mask[known], classes)
+        for name, logits in heads.items():
+            answers = answer_pixels(logits(i), len(mask))
+            counts[name] += confusion(answers[known], mask[known], classes)
     return counts
 
 
@@ -649,15 +651,18 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
         answers = knn(bank_x, bank_y, vectors, classes, (20,))[20]
         return F.one_hot(answers, classes).float()
 
+    heads = {("", strength): functools.partial(linear, z) for strength, z in tests.items()}
+    for strength in PREFIXES:
+        if strength in tests:
+            heads["knn_", strength] = functools.partial(nearest, tests[strength])
     result, sweep = {"dense_chosen": chosen}, {}
-    for strength, z in tests.items():
-        counts = count_pixels(args, val, classes, linear, z)
-        sweep[strength] = mean_iou(counts)
+    for (kind, strength), counts in count_pixels(args, val, classes, heads).items():
+        if kind == "":
+            sweep[strength] = mean_iou(counts)
         if strength in PREFIXES:
-            prefix, by_class = PREFIXES[strength], class_iou(counts)
-            result[f"{prefix}iou"] = sweep[strength]
-            result[f"{prefix}class_iou"] = [None if iou.isnan() else iou.item() for iou in by_class]
-            result[f"{prefix}knn_iou"] = mean_iou(count_pixels(args, val, classes, nearest, z))
+            result[f"{PREFIXES[strength]}{kind}iou"] = mean_iou(counts)
+            by_class = [None if iou.isnan() else iou.item() for iou in class_iou(counts)]
+            result[f"{PREFIXES[strength]}{kind}class_iou"] = by_class
     shown = [linear(tests[""], i) for i in val.spread(SHOWN)]
     answers = torch.stack([answer_pixels(logits, args.img_size) for logits in shown])
     return result, sweep, answers.byte()
