@@ -434,6 +434,10 @@ RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 def head_logits(x, tokens, weight, bias):
     """Logits (B, heads, classes) of features (B, T, D); weight (F, heads, classes), bias (heads, classes)."""
     inputs = x[:, tokens].flatten(1).to(weight.device)  # (B, F)
+    return logits_of(inputs, weight, bias)
+
+
+def logits_of(inputs, weight, bias):
     return torch.tensordot(inputs, weight, 1) + bias
 
 
@@ -458,23 +462,24 @@ def train_heads(x, y, classes, tokens, args, keep, device="cpu", rates=RATES):
     size = min(args.batch_size, images)
     rates = torch.tensor(rates, device=device)[:, None] * size / 256
     start = 0.01 * torch.randn(len(tokens) * width, 1, classes, generator=gen)  # DINOv2's scale
-    weight = start.tile(heads, 1).to(device).requires_grad_()
-    bias = torch.zeros(heads, classes, device=device, requires_grad=True)
+    weight = start.tile(heads, 1).to(device)
+    bias = torch.zeros(heads, classes, device=device)
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for i in range(args.iterations):
         picked, view = torch.randint(images, (2, size), generator=gen)  # view: modulo their number
         picked = keep[picked]
-        logits = head_logits(pick(x, view % views, picked), tokens, weight, bias)
-        target = y[picked][..., None]
-        target = target.expand(*target.shape[:-1], heads).to(device)  # (B, heads) or (B, classes, heads)
-        loss = F.cross_entropy(logits.mT, target, reduction="sum") / size  # each head has its own
-        gradients = torch.autograd.grad(loss, (weight, bias))
+        inputs = pick(x, view % views, picked)[:, tokens].flatten(1).to(device)  # (B, F)
+        target = y[picked]
+        if target.dim() == 1:
+            target = F.one_hot(target, classes)
+        # of the cross-entropy of every head
+        slope = (logits_of(inputs, weight, bias).softmax(2) - target[:, None].to(device)) / size
+        gradients = torch.tensordot(inputs.T, slope, 1), slope.sum(0)
         rate = c.cosine(i, rates, 0, args.iterations)
-        with torch.no_grad():
-            for p, v, g in zip((weight, bias), velocity, gradients, strict=True):
-                v.mul_(0.9).add_(g)
-                p.sub_(rate * v)
-    return weight.detach(), bias.detach()
+        for p, v, g in zip((weight, bias), velocity, gradients, strict=True):
+            v.mul_(0.9).add_(g)
+            p.sub_(rate * v)
+    return weight, bias
 
 
 def predict(x, tokens, weight, bias, images=None):
