@@ -39,7 +39,7 @@ import denoise
 from common import UserError
 
 SMALL = {"iterations": 2000, "img_size": 64, "resize": 64}
-PRESETS = {"demo": SMALL | {"iterations": 1000}, "tiny": SMALL,
+PRESETS = {"demo": SMALL | {"iterations": 500}, "tiny": SMALL,
            "small": SMALL | {"img_size": 128, "resize": 128},
            "imagenet100": {"views": 10}, "imagenet1k": {"views": 4}}
 BACKBONE_FLAGS = {
