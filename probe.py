@@ -39,7 +39,7 @@ import denoise
 from common import UserError
 
 SMALL = {"iterations": 2000, "img_size": 64, "resize": 64}
-PRESETS = {"demo": SMALL | {"iterations": 500}, "tiny": SMALL,
+PRESETS = {"demo": SMALL | {"iterations": 1000}, "tiny": SMALL,
            "small": SMALL | {"img_size": 128, "resize": 128},
            "imagenet100": {"views": 10}, "imagenet1k": {"views": 4}}
 BACKBONE_FLAGS = {
@@ -642,8 +642,9 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
     def score(answers):
         return mean_iou(confusion(answers, held_y, classes))
 
-    many = argparse.Namespace(**{**vars(args), "batch_size": 2 * args.batch_size})  # of patches
-    head, chosen = choose_head([x], y, classes, many, keep, held, score, inputs, device, DENSE_RATES)
+    steps = {"batch_size": 2 * args.batch_size, "iterations": args.iterations // 2}  # as many patches as images
+    steps = argparse.Namespace(**{**vars(args), **steps})
+    head, chosen = choose_head([x], y, classes, steps, keep, held, score, inputs, device, DENSE_RATES)
     order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(args.seed))
     bank, token = keep[order[:BANK]], next(iter(inputs.values()))
     bank_x, bank_y = Vectors(x, token, bank)[:], y[bank].argmax(1)
