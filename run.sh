@@ -3,7 +3,7 @@
 set -euo pipefail
 usage() {
   cat <<'TEXT'
-bash run.sh                    demonstration on built-in images (runs/demo), about 12 minutes on two CPU cores
+bash run.sh                    demonstration on built-in images (runs/demo), 12 to 14 minutes on two CPU cores
 bash run.sh test [flags]       the test suite; or a part of it, by flags of pytest: -k noise
 bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --data DIR        DIR/train/<class>/*, DIR/val/<class>/*; or any folder of images (pretraining only)
