@@ -318,6 +318,17 @@ def test_labels_and_masks_give_each_their_figures(tmp_path, squares):
     assert both["iou"] == pytest.approx(unlabelled["iou"], abs=15)
 
 
+def test_a_result_is_made_again_when_masks_have_changed(tmp_path, capsys):
+    draw_squares(tmp_path / "data", 12, "")
+    flags = ["--data", "data", "--noise", "none", *QUICK, "--pixels", "--preset", "tiny", "--out", "p.json"]
+    for said in ("mean IoU", "complete, nothing to do"):
+        assert call(probe, *flags) == 0
+        assert said in capsys.readouterr().out
+    write_image(tmp_path / "data/masks/train/3.png", np.arange(40 * 32).reshape(40, 32) % 3)
+    assert call(probe, *flags) == 0
+    assert "mean IoU" in capsys.readouterr().out
+
+
 def test_patch_cosine_is_that_of_the_patches_of_noisy_and_clean_images(squares, monkeypatch):
     monkeypatch.chdir(squares)
     args = probe.read_config(["--data", "data", "--run", "runs/pretrain/noisy-seed0", *NOISE, *QUICK, "--out", "x"])
