@@ -134,8 +134,8 @@ class Backbone:
         self.about = {**about, "backbone": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
     def last_layers(self, crops, n):
-        """Of crops (B, C, S, S) the outputs of the last n blocks, the last first; with fewer blocks the
-        first is repeated."""
+        """Of crops (B, C, S, S) the outputs of the last n blocks, the last first; with fewer blocks
+        the first is repeated."""
         layers = self.model.last_layers((c.to_float(crops) - self.mean) / self.std, n)
         return layers + layers[-1:] * (n - len(layers))
 
@@ -164,13 +164,17 @@ class Pixels:
     inputs, dense_inputs, about, limits = PIXELS, DENSE_PIXELS, {}, None
 
     def __init__(self, args):
-        folder, source = open_folder(args, "train")
-        self.patch_size = PATCH_SIZES.get(args.preset, 16)
-        self.normal = torch.tensor(folder.stats())[..., None, None]  # mean and deviation of its pixels
+        self.folder, source = open_folder(args, "train")
+        folder, self.patch_size = self.folder, PATCH_SIZES.get(args.preset, 16)
         self.channels, self.mean, self.std = folder.channels, 0.0, 1.0
         crops = (central_crop(folder.read(i, source), args.resize, args.img_size) for i in folder.spread(2000))
         tokens = torch.cat([self.embed(crop[None]) for crop in crops])
         self.mean, self.std = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
+
+    @functools.cached_property
+    def normal(self):
+        """Mean and deviation of its pixels, (C, 1, 1) each; read where patches are asked for."""
+        return torch.tensor(self.folder.stats())[..., None, None]
 
     def embed(self, crops, dense=False):
         """Crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16. With
@@ -249,8 +253,8 @@ def writing(folder):
 
 
 class Features:
-    """Rows of one shape, in half precision in a file without a name: memory has those alone that are
-    asked for, and a killed process leaves nothing. As of a tensor, x[images] are float32 (B, ...).
+    """Rows of one shape, in half precision in a file without a name: memory has those alone that
+    are asked for, and a killed process leaves nothing. As of a tensor, x[images] are float32 (B, ...).
 
     They are read, not mapped: pages of a map would count as memory until they are given back."""
     def __init__(self, folder, dtype=torch.half):
@@ -264,7 +268,8 @@ class Features:
         return self.shape[0]
 
     def append(self, rows):
-        """Write rows (B, ...); what lies beyond half precision becomes its largest value. Raises UserError."""
+        """Write rows (B, ...); what lies beyond half precision becomes its largest value. Raises
+        UserError."""
         largest = torch.finfo(self.dtype).max
         values = rows.clamp(-largest, largest).to(self.dtype)
         left = values.flatten().view(torch.uint8).numpy()
@@ -284,15 +289,15 @@ class Features:
 
 
 def blocks(x, images=None):
-    """Yield rows of a tensor or of Features, those of these images or all, up to BLOCK at a time."""
+    """Yield rows of a tensor or of Features, of these images or all, up to BLOCK at a time."""
     images = torch.arange(len(x)) if images is None else images
     for part in images.split(BLOCK):
         yield x[part]
 
 
 class Vectors:
-    """Some tokens side by side of features x (N, T, D): rows (F,) of these images, or of all, read when
-    asked for. [:] are all of them."""
+    """Some tokens side by side of features x (N, T, D): rows (F,) of these images, or of all, read
+    when asked for. [:] are all of them."""
     def __init__(self, x, tokens, images=None):
         self.x, self.tokens = x, tokens
         self.images = torch.arange(len(x)) if images is None else images
@@ -327,9 +332,9 @@ def crop_views(args, image, views, path):
 
 
 def embed_folder(args, backbone, device, folder, source, denoiser=None, views=0, dense=False):
-    """Features of every image in order, on the first process; none on the others: of its central crop
-    and each of its views (N, 5, D); with dense, last, of the patches of its central crop (N P, T, D).
-    denoiser: a model that the images go through first."""
+    """Features of every image in order, on the first process; none on the others: of its central
+    crop and each of its views (N, 5, D); with dense, last, of the patches of its central crop
+    (N P, T, D). denoiser: a model that the images go through first."""
     kept = 1 + views + dense if c.world()[0] == 0 else 0
     features = [Features(Path(args.out).parent) for _ in range(kept)]
     patches = (args.img_size // backbone.patch_size) ** 2
@@ -344,8 +349,8 @@ def embed_folder(args, backbone, device, folder, source, denoiser=None, views=0,
 
 
 def embed_blocks(args, embeds, folder, source, device, denoiser=None):
-    """Yield what the first of `embeds` makes of the central crops of all images in order, and the others
-    of random views: blocks, lists of (up to CHUNK, tokens, D). Each is a function of crops. Each
+    """Yield what the first of `embeds` makes of the central crops of all images in order, and the
+    others of random views: blocks, lists of (up to CHUNK, tokens, D). Each is a function of crops. Each
     process embeds its share, and gets the blocks of all."""
     rank, size = c.world()
     context, _ = c.autocast(device, args.amp)
@@ -521,9 +526,9 @@ def split(y, seed):
 
 
 def choose_head(x, y, classes, args, keep, held, score, inputs, device="cpu", rates=RATES):
-    """Train a head for each of `rates` and `inputs` on rows `keep` of V times (N, T, D) features; choose the
-    one whose answers to rows `held` have the highest score. Gives its (tokens, weight, bias), and what
-    was chosen."""
+    """Train a head for each of `rates` and `inputs` on rows `keep` of V times (N, T, D) features;
+    choose the one whose answers to rows `held` have the highest score. Gives its (tokens, weight,
+    bias), and what was chosen."""
     best = {"held_out": -1}
     for name, tokens in inputs.items():
         weight, bias = train_heads(x, y, classes, tokens, args, keep, device, rates)
@@ -555,15 +560,15 @@ SHOWN = 6  # images of a row of the report's pictures
 
 
 def crop_mask(args, mask):
-    """The square of a mask (H, W) that central_crop shows of its image, (S, S) at the mask's own size."""
+    """The square of a mask (H, W) that central_crop shows of its image, (S, S) at its own size."""
     side = round(min(mask.shape) * args.img_size / args.resize)
     top, left = ((length - side) // 2 for length in mask.shape)
     return mask[top:top + side, left:left + side]
 
 
 def patch_shares(mask, grid, classes):
-    """Of each patch the share of every class among its known pixels, or zeros: mask (S, S) of a crop to
-    float32 (grid grid, classes)."""
+    """Of each patch the share of every class among its known pixels, or zeros: mask (S, S) of a crop
+    to float32 (grid grid, classes)."""
     row = np.arange(len(mask)) * grid // len(mask)
     patch = row[:, None] * grid + row
     known = mask != 255
@@ -589,8 +594,8 @@ def confusion(answers, y, classes):
 
 
 def class_iou(counts):
-    """Intersection over union (classes,) in % of a confusion matrix; NaN for a class that neither is nor
-    was answered."""
+    """Intersection over union (classes,) in % of a confusion matrix; NaN for a class that neither is
+    nor was answered."""
     right = counts.diagonal().double()
     return 100 * right / (counts.sum(0) + counts.sum(1) - right)
 
@@ -600,7 +605,7 @@ def mean_iou(counts):
 
 
 def answer_pixels(logits, side):
-    """The class (side, side) of every pixel, of the logits (P, classes) of its image's patches, enlarged."""
+    """The class (side, side) of every pixel: logits (P, classes) of its image's patches, enlarged."""
     grid = math.isqrt(len(logits))
     maps = logits.T.unflatten(1, (grid, grid))[None]
     largest = F.interpolate(maps, (side, side), mode="bilinear")[0].max(0)
@@ -1070,25 +1075,27 @@ def read_results(out):
 
 
 def add_cka(out, results):
-    """Compare the class tokens of val of every run with those of the arm `clean`, of the same seed if there is one."""
-    def read(name):
-        file = arrays_of(out / f"probe/{name}.json")
-        return torch.from_numpy(np.load(file)["cls"]).float() if file.exists() else None
-
+    """Compare the class tokens of val of every run with those of `clean`, of its seed if there is one."""
     references = sorted(name for name in results if name.startswith("clean-seed"))
     for name, result in results.items():
         same_seed = f"clean-seed{name.rpartition('-seed')[2]}"
         reference = same_seed if same_seed in references else min(references, default=None)
         if reference in (None, name) or results[reference]["files"] != result["files"]:
             continue
-        x, y = read(name), read(reference)
+        x, y = (read_array(out, run, "cls") for run in (name, reference))
         if x is not None and y is not None:
-            result["cka"] = linear_cka(x, y)
+            result["cka"] = linear_cka(torch.from_numpy(x).float(), torch.from_numpy(y).float())
+
+
+def read_array(out, run, name):
+    """An array that evaluate left beside the result of a run; None where there is none."""
+    file = arrays_of(out / f"probe/{run}.json")
+    return np.load(file).get(name) if file.exists() else None
 
 
 def linear_cka(x, y):
-    """Linear centred kernel alignment of features (M, D) and (M, E) of the same images, from 0 to 1; rotation
-    and scale do not count (Kornblith et al. 2019)."""
+    """Linear centred kernel alignment of features (M, D) and (M, E) of the same images, from 0 to 1;
+    rotation and scale do not count (Kornblith et al. 2019)."""
     x, y = ((z - z.mean(0)).double() for z in (x, y))
     return ((x.T @ y).square().sum() / (x.T @ x).norm() / (y.T @ y).norm()).item()
 
@@ -1272,9 +1279,7 @@ def mask_picture(out, arms, config, folder):
     rows = {"input": [central_crop(folder.read(i), args.resize, args.img_size) for i in shown],
             "mask": [paint(crop_mask(args, folder.mask(i))) for i in shown]}
     for arm, runs in arms.items():
-        run = min(runs)
-        file = arrays_of(out / f"probe/{run}.json")
-        answers = np.load(file).get("answers") if file.exists() else None
+        answers = read_array(out, min(runs), "answers")
         if answers is not None:
             rows[arm] = [paint(of_image) for of_image in answers]
     return grid(rows)

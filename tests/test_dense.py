@@ -13,6 +13,7 @@ from PIL import Image
 from test_probe import GREEDY, PLAIN, call, cosines, pretrained, randint, randn, refused
 
 import common
+import pretrain
 import probe
 from common import UserError
 
@@ -186,6 +187,12 @@ def test_pixels_of_a_patch_and_of_its_neighbours_are_averaged_to_8_x_8_areas(siz
             for token, x in zip(patches[b, k], (itself, around), strict=True):
                 areas = x.unflatten(0, (8, -1)).unflatten(2, (8, -1)).mean((1, 3))
                 torch.testing.assert_close(token, areas.flatten())
+
+
+@pytest.mark.parametrize("preset", ["demo", "tiny", "small", "imagenet100", "imagenet1k"])
+def test_patches_of_pixels_are_those_of_the_presets_vit(preset):
+    vit = pretrain.read_config(["--preset", preset, "--data", "none", "--out", "none"])
+    assert probe.PATCH_SIZES.get(preset, 16) == vit.patch_size
 
 
 # ==== the dense probe =============================================================================

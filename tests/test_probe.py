@@ -754,7 +754,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(small):
-    return probed(small.data, "--run", small.run, *NOISE)
+    return probed(small.data, "--run", small.run, *NOISE, "--out", small.data.parent / "out.json")
 
 
 def labels(folder):
