@@ -589,8 +589,9 @@ def read_shares(args, folder, grid, classes):
 
 
 def confusion(answers, y, classes):
-    """How often each class of y (N,), a row, was answered by each class, a column."""
-    return torch.bincount(y * classes + answers, minlength=classes**2).view(classes, classes)
+    """How often each class of y, a row, was answered by each class, a column; where y is 255 is not counted."""
+    places = y.long() * classes + answers
+    return places.flatten().bincount(minlength=classes**2)[:classes**2].view(classes, classes)
 
 
 def class_iou(counts):
@@ -613,15 +614,15 @@ def answer_pixels(logits, side):
 
 
 def count_pixels(args, folder, classes, heads):
-    """{name: confusion matrix over all known pixels of a folder} of heads {name: function of the index of
-    an image that gives the logits (P, classes) of its patches}."""
+    """{name: confusion matrix over all known pixels of a folder} of heads {name: function of some images
+    that gives the logits (images, P, classes) of their patches}."""
     counts = {name: torch.zeros(classes, classes, dtype=torch.long) for name in heads}
-    for i in range(len(folder)):
-        mask = torch.from_numpy(crop_mask(args, folder.mask(i))).long()
-        known = mask != 255
+    for images in torch.arange(len(folder)).split(16):
+        masks = [torch.from_numpy(crop_mask(args, folder.mask(i))) for i in images.tolist()]
         for name, logits in heads.items():
-            answers = answer_pixels(logits(i), len(mask))
-            counts[name] += confusion(answers[known], mask[known], classes)
+            for of_image, mask in zip(logits(images), masks, strict=True):
+                answers = answer_pixels(of_image, len(mask))
+                counts[name] += confusion(answers, mask, classes)
     return counts
 
 
@@ -634,14 +635,11 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
     patches, inputs = grid**2, backbone.dense_inputs
     y, known = read_shares(args, train, grid, classes)
 
-    def of_image(i):
-        return torch.arange(i * patches, (i + 1) * patches)
-
-    def of_images(images):  # those with known pixels
-        rows = torch.cat([of_image(i) for i in images.tolist()])
-        return rows[known[rows]]
+    def of_images(images):  # rows of their patches
+        return (images[:, None] * patches + torch.arange(patches)).flatten()
 
     keep, held = map(of_images, split(torch.zeros(len(train)), args.seed))
+    keep, held = keep[known[keep]], held[known[held]]
     held_y = torch.cat([part.argmax(1) for part in blocks(y, held)])
 
     def score(answers):
@@ -654,13 +652,14 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
     bank, token = keep[order[:BANK]], next(iter(inputs.values()))
     bank_x, bank_y = Vectors(x, token, bank)[:], y[bank].argmax(1)
 
-    def linear(z, i):
-        return head_logits(z[of_image(i)], *head)[:, 0].cpu()
+    def linear(z, images):  # logits (images, P, classes)
+        logits = head_logits(z[of_images(images)], *head)
+        return logits[:, 0].cpu().unflatten(0, (-1, patches))
 
-    def nearest(z, i):
-        vectors = z[of_image(i)][:, token].flatten(1)
+    def nearest(z, images):
+        vectors = z[of_images(images)][:, token].flatten(1)
         answers = knn(bank_x, bank_y, vectors, classes, (20,))[20]
-        return F.one_hot(answers, classes).float()
+        return F.one_hot(answers, classes).float().unflatten(0, (-1, patches))
 
     heads = {("", strength): functools.partial(linear, z) for strength, z in tests.items()}
     for strength in PREFIXES:
@@ -674,7 +673,7 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
             result[f"{PREFIXES[strength]}{kind}iou"] = mean_iou(counts)
             by_class = [None if iou.isnan() else iou.item() for iou in class_iou(counts)]
             result[f"{PREFIXES[strength]}{kind}class_iou"] = by_class
-    shown = [linear(tests[""], i) for i in val.spread(SHOWN)]
+    shown = linear(tests[""], torch.tensor(val.spread(SHOWN)))
     answers = torch.stack([answer_pixels(logits, args.img_size) for logits in shown])
     return result, sweep, answers.byte()
 
@@ -899,20 +898,22 @@ def test_sets(args, val, source, denoiser):
     return tests
 
 
-def patch_cosine(args, backbone, device, noisy, clean):
-    """Mean cosine similarity of the patch tokens of the same images in two of test_sets."""
-    token = next(iter(backbone.dense_inputs.values()))
+def embed_patches(args, backbone, device, folder, source, denoiser):
+    """Yield the patch tokens of one of test_sets, patch after patch: (B, 1, D) of the last block."""
+    patches = (args.img_size // backbone.patch_size) ** 2
 
-    def embed(crops):  # (B, P, D)
-        patches = (args.img_size // backbone.patch_size) ** 2
+    def embed(crops):
         tokens = backbone.embed(crops, dense=True)[:, 5:]
-        return tokens.unflatten(1, (patches, -1))[:, :, token].flatten(2)
+        return tokens.unflatten(1, (patches, -1))[:, :, 0]
 
-    made, cosines = [], []
-    for folder, source, denoiser in (noisy, clean):
-        made.append(embed_blocks(args, [embed], folder, source, device, denoiser))
-    for (a,), (b,) in zip(*made, strict=True):  # the same images (B, P, D)
-        cosines.append(F.cosine_similarity(a, b, dim=-1).mean(1))
+    for (block,) in embed_blocks(args, [embed], folder, source, device, denoiser):
+        yield block.flatten(0, 1)[:, None]
+
+
+def patch_cosine(noisy, clean):
+    """Mean cosine similarity of the patch tokens of the last block, the first of each patch: noisy and clean yield
+    the tokens (B, T, D) of the same patches."""
+    cosines = [F.cosine_similarity(a[:, 0], b[:, 0]) for a, b in zip(noisy, clean, strict=True)]
     return torch.cat(cosines).mean().item()
 
 
@@ -984,8 +985,14 @@ def evaluate(args, device, saved):
             made[test] = embed_folder(args, backbone, device, *test, dense=dense)
     val_x = {strength: made[test] for strength, test in tests.items()}
     result, arrays = {"train": len(train), "val": len(val)}, {}
-    if 0 in tests:
-        result["patch_cosine"] = patch_cosine(args, backbone, device, tests[""], tests[0])
+
+    def patches_of(strength):
+        if dense:  # already made, on the first process
+            return blocks(val_x[strength][-1])
+        return embed_patches(args, backbone, device, *tests[strength])
+
+    if 0 in tests and (x or not dense):
+        result["patch_cosine"] = patch_cosine(patches_of(""), patches_of(0))
     if not x:
         return None
     sweeps = {}
