@@ -589,9 +589,10 @@ def read_shares(args, folder, grid, classes):
 
 
 def confusion(answers, y, classes):
-    """How often each class of y, a row, was answered by each class, a column; where y is 255 is not counted."""
-    places = y.long() * classes + answers
-    return places.flatten().bincount(minlength=classes**2)[:classes**2].view(classes, classes)
+    """How often each class of y, a row, was answered by each class, a column; unknown pixels, where y is
+    255, do not count."""
+    counts = (y.long() * classes + answers).flatten().bincount(minlength=classes**2)
+    return counts[:classes**2].view(classes, classes)  # 255 lies behind all classes
 
 
 def class_iou(counts):
@@ -645,7 +646,8 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
     def score(answers):
         return mean_iou(confusion(answers, held_y, classes))
 
-    steps = {"batch_size": 2 * args.batch_size, "iterations": args.iterations // 2}  # as many patches as images
+    # twice the batch, half the steps: as many patches as linear_probe sees images
+    steps = {"batch_size": 2 * args.batch_size, "iterations": args.iterations // 2}
     steps = argparse.Namespace(**{**vars(args), **steps})
     head, chosen = choose_head([x], y, classes, steps, keep, held, score, inputs, device, DENSE_RATES)
     order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(args.seed))
@@ -667,10 +669,11 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
             heads["knn_", strength] = functools.partial(nearest, tests[strength])
     result, sweep = {"dense_chosen": chosen}, {}
     for (kind, strength), counts in count_pixels(args, val, classes, heads).items():
+        mean = mean_iou(counts)
         if kind == "":
-            sweep[strength] = mean_iou(counts)
+            sweep[strength] = mean
         if strength in PREFIXES:
-            result[f"{PREFIXES[strength]}{kind}iou"] = mean_iou(counts)
+            result[f"{PREFIXES[strength]}{kind}iou"] = mean
             by_class = [None if iou.isnan() else iou.item() for iou in class_iou(counts)]
             result[f"{PREFIXES[strength]}{kind}class_iou"] = by_class
     shown = linear(tests[""], torch.tensor(val.spread(SHOWN)))
@@ -911,8 +914,8 @@ def embed_patches(args, backbone, device, folder, source, denoiser):
 
 
 def patch_cosine(noisy, clean):
-    """Mean cosine similarity of the patch tokens of the last block, the first of each patch: noisy and clean yield
-    the tokens (B, T, D) of the same patches."""
+    """Mean cosine similarity of the last block's patch tokens, the first of each patch: noisy and clean
+    yield the tokens (B, T, D) of the same patches."""
     cosines = [F.cosine_similarity(a[:, 0], b[:, 0]) for a, b in zip(noisy, clean, strict=True)]
     return torch.cat(cosines).mean().item()
 
@@ -979,15 +982,13 @@ def evaluate(args, device, saved):
 
     dense = classes > 0
     x = embed_folder(args, backbone, device, train, source, views=args.views, dense=dense)
-    made = {}
-    for test in tests.values():
-        if test not in made:  # strength 1 is val as it is
-            made[test] = embed_folder(args, backbone, device, *test, dense=dense)
+    different = dict.fromkeys(tests.values())  # strength 1 is val as it is
+    made = {test: embed_folder(args, backbone, device, *test, dense=dense) for test in different}
     val_x = {strength: made[test] for strength, test in tests.items()}
-    result, arrays = {"train": len(train), "val": len(val)}, {}
+    result, sweeps, arrays = {"train": len(train), "val": len(val)}, {}, {}
 
     def patches_of(strength):
-        if dense:  # already made, on the first process
+        if dense:  # on the disk of the first process; without masks none are kept
             return blocks(val_x[strength][-1])
         return embed_patches(args, backbone, device, *tests[strength])
 
@@ -995,7 +996,6 @@ def evaluate(args, device, saved):
         result["patch_cosine"] = patch_cosine(patches_of(""), patches_of(0))
     if not x:
         return None
-    sweeps = {}
     if labels:
         central = {strength: z[0] for strength, z in val_x.items()}
         figures, sweeps["linear"] = label_figures(args, backbone, labels, x[:1 + args.views], central, device)
