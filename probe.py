@@ -65,7 +65,13 @@ EMBED_FLAGS = {"patches": (False, "also every patch token: at 224 pixels 196 tim
 SHARED = {"data": c.DATA_FLAGS, "backbone": BACKBONE_FLAGS, "running": c.RUNNING_FLAGS}
 GROUPS = SHARED | {"probe": PROBE_FLAGS}
 EMBED_GROUPS = SHARED | {"embed": EMBED_FLAGS}
-CHECK_GROUPS = {"data": c.DATA_FLAGS, "probe": {"shots": PROBE_FLAGS["shots"]}}
+CHECK_FLAGS = {
+    "shots": PROBE_FLAGS["shots"],
+    "img_size": BACKBONE_FLAGS["img_size"],
+    "resize": BACKBONE_FLAGS["resize"],
+    "patch_size": (0, "of the runs that will be probed; 0: the preset's"),
+}
+CHECK_GROUPS = {"data": c.DATA_FLAGS, "probe": CHECK_FLAGS}
 SOURCES = {"run": "--run, a folder of pretrain.py", "weights": "--weights, a file of ViT weights",
            "pixels": "--pixels"}
 
@@ -98,8 +104,16 @@ def check_backbone(args):
         raise UserError(f"give {', or '.join(SOURCES[name] for name in sources)}")
     if not args.weights and (args.heads or args.mean or args.std):
         raise UserError("--heads, --mean, --std: are for --weights; a run has its own")
+    check_sizes(args)
+
+
+def check_sizes(args, *patch_sizes):
+    """Raises UserError unless images are as large as their crops and crops are whole patches."""
     if args.resize < args.img_size:
         raise UserError(f"--resize {args.resize}: must be at least --img_size {args.img_size}")
+    for size in patch_sizes:
+        if args.img_size % size:
+            raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {size}")
 
 
 def whole_shots(shots):
@@ -115,7 +129,11 @@ INPUTS = {"1 block": [0], "1 block + patches": [0, 4], "4 blocks": [0, 1, 2, 3],
 PIXELS = {"8 x 8 pixels": [0], "16 x 16 pixels": [1, 2, 3, 4]}
 DENSE = {"1 block": [0], "4 blocks": [0, 1, 2, 3]}  # tokens of a patch that dense heads see
 DENSE_PIXELS = {"its pixels": [0], "3 x 3 patches": [0, 1]}
-PATCH_SIZES = {"demo": 8, "tiny": 8}  # of pixels, as of the preset's ViT; of other presets 16
+
+
+def patch_size_of(args):
+    """The patch size of --pixels: that of the preset's ViT."""
+    return 8 if args.preset in ("demo", "tiny") else 16
 
 
 class Backbone:
@@ -165,7 +183,7 @@ class Pixels:
 
     def __init__(self, args):
         self.folder, source = open_folder(args, "train")
-        folder, self.patch_size = self.folder, PATCH_SIZES.get(args.preset, 16)
+        folder, self.patch_size = self.folder, patch_size_of(args)
         self.channels, self.mean, self.std = folder.channels, 0.0, 1.0
         crops = (central_crop(folder.read(i, source), args.resize, args.img_size) for i in folder.spread(2000))
         tokens = torch.cat([self.embed(crop[None]) for crop in crops])
@@ -202,14 +220,8 @@ class Pixels:
 def load_backbone(args, device):
     """The backbone of --run or --weights, or --pixels. Raises UserError."""
     backbone = Pixels(args) if args.pixels else load_vit(args, device)
-    check_size(args, backbone)
+    check_sizes(args, backbone.patch_size)
     return backbone
-
-
-def check_size(args, backbone):
-    """Raises UserError unless crops are whole patches."""
-    if args.img_size % backbone.patch_size:
-        raise UserError(f"--img_size {args.img_size}: is no multiple of the patch size {backbone.patch_size}")
 
 
 def load_vit(args, device):
@@ -396,7 +408,7 @@ def write_embeddings(args, device):
     if out.exists():
         raise UserError(f"{out}: exists; move it away, or name another --out")
     backbone = load_vit(args, device)
-    check_size(args, backbone)
+    check_sizes(args, backbone.patch_size)
     limits = args.range or backbone.limits
     folder = c.Folder(args.data, "", args.noise, args.noise_seed, None, backbone.channels, limits)
     c.check_range(folder.limits, backbone.limits, args.run)
@@ -1384,7 +1396,8 @@ def main():
             args = read_embed_config(flags)
             write_embeddings(args, c.setup(args.device))
         case ["check", *flags]:
-            return check(c.read_flags([*flags, "--out", "none"], __doc__, PRESETS, CHECK_GROUPS))
+            flags += ["--out", "none"]
+            return check(c.read_flags(flags, __doc__, PRESETS, CHECK_GROUPS, positive=("img_size",)))
         case flags:
             probe(read_config(flags))
 
@@ -1398,6 +1411,8 @@ def check(args):
     val = c.Folder(args.data, "val", args.noise, channels=train.channels, limits=train.limits)
     if not (has_labels(train, val) or train.has_masks() or val.has_masks()):
         return NO_TARGETS
+    pixels = patch_size_of(args)
+    check_sizes(args, args.patch_size or pixels, pixels)
     read_targets(train, val, whole_shots(args.shots))
     return 0
 

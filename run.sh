@@ -18,6 +18,7 @@ bash run.sh --data DIR [options] [-- any other pretrain.py flag]
   --stride V,H      of the denoiser where noise is correlated: every V-th row, H-th column (default: measured)
   --denoised DIR    your own denoised images, same relative paths, instead of Neighbor2Neighbor's
   --shots 5,10,20   probe on so few labels a class, too
+  --img_size N      pixels of the short side at which images are probed (default: the preset's)
   --out DIR         default runs/<name of the data folder>
 After --, --epochs is the length of every arm and --switch the part of it on denoised images; --anchor, --anchor_head and
 --anchor_from are for nct, --init_backbone for the arms that start from random weights; the rest goes to every run.
@@ -26,11 +27,11 @@ TEXT
 fail() { echo "error: $*" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-data='' noise='' range='' preset='' arms='' seeds=0 gpus=1 denoised='' stride='' shots='' out='' mode=run extra=()
+data='' noise='' range='' preset='' arms='' seeds=0 gpus=1 denoised='' stride='' shots='' img_size='' out='' mode=run extra=()
 [ "${1-}" = test ] && { mode=test; shift; }
 while [ $mode = run ] && [ $# -gt 0 ]; do
   case $1 in
-    --data|--noise|--range|--preset|--arms|--seeds|--gpus|--denoised|--stride|--shots|--out)
+    --data|--noise|--range|--preset|--arms|--seeds|--gpus|--denoised|--stride|--shots|--img_size|--out)
       [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
       printf -v "${1#--}" %s "$2"; shift 2 ;;
     --range=*) range=${1#*=}; shift ;;  # as the stages take a negative LOW
@@ -65,7 +66,7 @@ if [ $mode = test ]; then
 fi
 
 # ==== what pretrain.py gets: flags that shape the curriculum are taken out of those after --, the rest goes to every run ====
-epochs='' switch='' anchor='' for_nc='' for_nct='' nct_flags=() first_flags=() flags=()
+epochs='' switch='' anchor='' patch_size='' for_nc='' for_nct='' nct_flags=() first_flags=() flags=()
 take() {  # name and value of one flag
   case $1 in
     --epochs) epochs=$2 ;;
@@ -73,6 +74,7 @@ take() {  # name and value of one flag
     --anchor) anchor=$2 for_nct=$1 ;;
     --anchor_head|--anchor_from) nct_flags+=("$1" "$2") for_nct=$1 ;;
     --init_backbone) first_flags+=("$1" "$2") ;;
+    --patch_size) patch_size=$2; return 1 ;;  # goes to every run, too
     *) return 1 ;;
   esac
   case $1 in --anchor_from|--init_backbone) [ -e "$2" ] || fail "-- $1 $2: no such file" ;; esac
@@ -188,16 +190,16 @@ pretrain() {  # run, arm, flags of its own
   GLIBC_TUNABLES=$keep stage "pretraining $arm, seed $seed" "${launch[@]}" "$here/pretrain.py" "${common[@]}" \
     --seed "$seed" --out "$out/pretrain/$run-seed$seed" "$@" ${flags[@]+"${flags[@]}"}
 }
-shot_flags=(${shots:+--shots "$shots"})
+probe_flags=(${shots:+--shots "$shots"} ${img_size:+--img_size "$img_size" --resize "$img_size"})
 probe() {  # arm, flags of its own
   local arm=$1; shift
   [ -z "$probes" ] || stage "probing $arm, seed $seed" "${launch[@]}" "$here/probe.py" "${common[@]}" \
-    --run "$out/pretrain/$arm-seed$seed" --out "$out/probe/$arm-seed$seed.json" ${shot_flags[@]+"${shot_flags[@]}"} "$@"
+    --run "$out/pretrain/$arm-seed$seed" --out "$out/probe/$arm-seed$seed.json" ${probe_flags[@]+"${probe_flags[@]}"} "$@"
 }
 probe_pixels() {  # name, flags of its own: what pretraining must beat
   local name=$1; shift
   stage "probing $name" "${launch[@]}" "$here/probe.py" "${common[@]}" --pixels --out "$out/probe/$name-seed0.json" \
-    ${shot_flags[@]+"${shot_flags[@]}"} "$@"
+    ${probe_flags[@]+"${probe_flags[@]}"} "$@"
 }
 denoised_run() {  # title, flags (--stop): one run is first phase of nc and nct and, to its end, the arm; trained once
   pretrain denoised "$@" --source denoised --denoised "$copy" --epochs "$epochs" ${first_flags[@]+"${first_flags[@]}"}
@@ -251,13 +253,14 @@ all_stages() {
 
 probes='' counting='' copy=${denoised:-$out/denoised}
 if [ -d "$data/train" ] && [ -d "$data/val" ]; then
-  attempt "$python" "$here/probe.py" check "${common[@]}" ${shot_flags[@]+"${shot_flags[@]}"}
+  attempt "$python" "$here/probe.py" check "${common[@]}" ${probe_flags[@]+"${probe_flags[@]}"} ${patch_size:+--patch_size "$patch_size"}
   case $code in
     0) probes=yes ;;
     3) ;;  # neither labels nor masks
     *) exit $code ;;
   esac
 fi
+[ -n "$probes" ] || [ -z "$img_size" ] || fail "--img_size $img_size: has no effect without labels or masks in $data"
 [ -n "$probes" ] || [ -z "$shots" ] || fail "--shots $shots: has no effect without train/<class>/ and val/<class>/ in $data"
 [ -n "$probes" ] || [ ! -d "$data/masks" ] || fail "--data $data: masks/ has no effect without train/, val/, masks/train/ and masks/val/"
 [ -n "$probes" ] || echo "no train/<class>/ and val/<class>/, and no masks/, in $data: pretraining without probes"

@@ -192,7 +192,7 @@ def test_pixels_of_a_patch_and_of_its_neighbours_are_averaged_to_8_x_8_areas(siz
 @pytest.mark.parametrize("preset", ["demo", "tiny", "small", "imagenet100", "imagenet1k"])
 def test_patches_of_pixels_are_those_of_the_presets_vit(preset):
     vit = pretrain.read_config(["--preset", preset, "--data", "none", "--out", "none"])
-    assert probe.PATCH_SIZES.get(preset, 16) == vit.patch_size
+    assert probe.patch_size_of(vit) == vit.patch_size
 
 
 # ==== the dense probe =============================================================================

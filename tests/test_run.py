@@ -115,6 +115,10 @@ BAD = [  # flags, what the error line says, what is wrong with the data
     ("--shots few", "--shots: invalid floats value: 'few'"),
     ("--shots 5", "--shots 5: no class in data/train has so many images; the largest has 4"),
     ("--shots 2", "--shots 2: has no effect without train/<class>/ and val/<class>/ in data", flat),
+    ("--img_size 0", "--img_size 0: must be more than 0"),
+    ("--img_size 100", "--img_size 100: is no multiple of the patch size 8"),
+    ("--img_size 64 -- --patch_size=12", "--img_size 64: is no multiple of the patch size 12"),
+    ("--img_size 32", "--img_size 32: has no effect without labels or masks in data", flat),
     ("", "masks/ has no effect without train/, val/, masks/train/ and masks/val/", flat_beside_masks),
     ("-- --epochs 3 --seed 1", f"-- --seed: {FROM_RUN_TO_RUN}"),
     ("-- --source=clean", f"-- --source=clean: {FROM_RUN_TO_RUN}"),
@@ -572,6 +576,17 @@ def test_every_probe_and_the_check_of_labels_get_the_shots(tmp_path):
     labels, _ = map(parse, called(tmp_path)[0])
     assert labels[1:] == ("probe.py check", {"--data": "data", "--noise": "gauss50",
                                              "--preset": "tiny", "--shots": "5,10"})
+
+
+def test_every_probe_and_the_check_get_the_size_of_the_images(tmp_path):
+    ran = stages(tmp_path, "tiny", "--arms", "noisy denoised", "--img_size", "32",
+                 "--", "--patch_size", "16")
+    probed = [flags for _, script, flags in ran if script == "probe.py"]
+    assert [(flags["--img_size"], flags["--resize"]) for flags in probed] == [("32", "32")] * 4
+    trained = [flags for _, script, flags in ran if script == "pretrain.py"]
+    assert {flags["--patch_size"] for flags in trained} == {"16"}
+    checked = parse(called(tmp_path)[0][0])[2]
+    assert checked.items() >= {"--img_size": "32", "--resize": "32", "--patch_size": "16"}.items()
 
 
 @pytest.mark.parametrize("zero", ["0", "0.0"])
