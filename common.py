@@ -519,12 +519,13 @@ class Folder:
                 read, name = functools.partial(self.read, source=source), f"read {source}"
                 self.memory[source] = parallel(read, range(len(self)), name, workers or 1)
 
-    def fingerprint(self, masks=False):
-        """The same for the same names and sizes of files, or of their masks, wherever they lie."""
+    def fingerprint(self, files=None):
+        """The same for the same names and sizes of files, wherever they lie: those of the images, or one
+        of another kind for each."""
+        files = files or [self.data / path for path in self.paths]
         digest = hashlib.sha256()
-        for path in self.paths:
-            file = self.mask_file(path) if masks else split_page(self.data / path)[0]
-            line = f"{path} {os.stat(file).st_size}\n"
+        for path, file in zip(self.paths, files, strict=True):
+            line = f"{path} {os.stat(split_page(file)[0]).st_size}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
         return f"{len(self)} images of {self.channels} channels, {digest.hexdigest()[:32]}"
 
@@ -565,10 +566,10 @@ class Folder:
         pixels = sum(parallel(present, range(len(self)), "masks"))
         return np.flatnonzero(pixels[:255])
 
-    def stats(self, most=2000):
-        """Mean and standard deviation of each channel of the noisy images in [0, 1], of up to `most`."""
+    def stats(self, source="noisy", most=2000):
+        """Mean and standard deviation of each channel of the images in [0, 1], of up to `most`."""
         def moments(i):  # (3, C): pixels, sum, sum of squares
-            x = self.read(i)
+            x = self.read(i, source)
             x = x.flatten(1).double() / WHITE[x.dtype]  # (C, H W)
             return torch.stack([torch.ones_like(x).sum(1), x.sum(1), (x * x).sum(1)])
 

@@ -528,11 +528,16 @@ def check_place(args, splits):
         raise UserError(f"--out {out}: is in the data folder, among the noisy images; name another")
 
 
+def weights_hash(model):
+    """The same for the same weights, whatever file they are in."""
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(weights).hexdigest()[:32]
+
+
 def check_target(args, model, settings):
     """--out must be a copy of the same images by the same denoiser, or new. Raises UserError."""
     out = Path(args.out)
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
-    maker = {"denoiser": hashlib.sha256(weights).hexdigest()[:32], **settings}
+    maker = {"denoiser": weights_hash(model), **settings}
     note, first = out / "made_by.json", c.world()[0] == 0
     if first and note.exists():
         c.check_config(c.read_json(note), maker, (), out)

@@ -182,8 +182,8 @@ class Pixels:
     inputs, dense_inputs, about, limits = PIXELS, DENSE_PIXELS, {}, None
 
     def __init__(self, args):
-        self.folder, source = open_folder(args, "train")
-        folder, self.patch_size = self.folder, patch_size_of(args)
+        folder, source = self.seen = open_folder(args, "train")
+        self.patch_size = patch_size_of(args)
         self.channels, self.mean, self.std = folder.channels, 0.0, 1.0
         crops = (central_crop(folder.read(i, source), args.resize, args.img_size) for i in folder.spread(2000))
         tokens = torch.cat([self.embed(crop[None]) for crop in crops])
@@ -192,7 +192,8 @@ class Pixels:
     @functools.cached_property
     def normal(self):
         """Mean and deviation of its pixels, (C, 1, 1) each; read where patches are asked for."""
-        return torch.tensor(self.folder.stats())[..., None, None]
+        folder, source = self.seen
+        return torch.tensor(folder.stats(source))[..., None, None]
 
     def embed(self, crops, dense=False):
         """Crops (B, C, S, S) to (B, 5, 64 C): means of 8 x 8 areas; in four parts, of 16 x 16. With
@@ -265,7 +266,7 @@ def writing(folder):
 
 
 class Features:
-    """Rows of one shape, in half precision in a file without a name: memory has those alone that
+    """Rows of one shape, by default in half precision, in a file without a name: memory has those alone that
     are asked for, and a killed process leaves nothing. As of a tensor, x[images] are float32 (B, ...).
 
     They are read, not mapped: pages of a map would count as memory until they are given back."""
@@ -554,9 +555,9 @@ def choose_head(x, y, classes, args, keep, held, score, inputs, device="cpu", ra
 
 
 def linear_probe(x, y, classes, args, device="cpu", inputs=INPUTS):
-    """The best of 52 heads (13 rates, 4 inputs) on V times (N, 5, D) features, trained on nine tenths and
-    chosen on the rest; val has no part in it. The best has the highest balanced accuracy: plain
-    accuracy would choose a head that always answers the largest class."""
+    """The best of 52 heads (13 rates, 4 inputs; of pixels 26) on V times (N, 5, D) features, trained on
+    nine tenths and chosen on the rest; val has no part in it. The best has the highest balanced
+    accuracy: plain accuracy would choose a head that always answers the largest class."""
     keep, held = split(y, args.seed)
 
     def score(answers):
@@ -653,6 +654,9 @@ def dense_probe(args, backbone, classes, train, val, x, tests, device="cpu"):
 
     keep, held = map(of_images, split(torch.zeros(len(train)), args.seed))
     keep, held = keep[known[keep]], held[known[held]]
+    if not (len(keep) and len(held)):
+        raise UserError(f"{args.data}/masks/train: too few images with known pixels, those that are not 255: "
+                        "some must train the heads, others choose one")
     held_y = torch.cat([part.argmax(1) for part in blocks(y, held)])
 
     def score(answers):
@@ -847,9 +851,11 @@ def read_labels(train, val, shots=()):
     names, y = np.unique(train.labels(), return_inverse=True)
     val_names = val.labels()
     for name in np.setdiff1d(val_names, names):
-        raise UserError(f"{val.data}/val/{name}: class unknown to train; both need the same; "
+        raise UserError(f"{val.data}/val/{name}: class unknown to train; "
                         "without labels, put all images right into train/ and val/")
     classes = len(names)
+    if classes == 1:
+        raise UserError(f"{train.data}/train: has one class, {names[0]}; two are the least")
     if classes == len(y):
         raise UserError(f"{train.data}/train: no class has two images; the head is chosen on a held-out tenth")
     largest = np.bincount(y).max()
@@ -964,9 +970,23 @@ def label_figures(args, backbone, labels, x, tests, device):
 
 
 def arrays_of(out):
-    """The file beside a result that has what the report compares: class tokens of val (M, D), the first
-    answers of the dense probe."""
+    """The file beside a result that has what the report compares: class tokens of val (M, D), and what the
+    dense probe answers for SHOWN images of val."""
     return Path(out).with_suffix(".npz")
+
+
+def origin_of(args, train, val, classes, denoiser):
+    """What a result is of, besides its settings and the backbone: another needs another result."""
+    folders = train, val
+    origin = {"range": train.limits, "shots": args.shots, "masks": []}
+    origin["files"] = [folder.fingerprint() for folder in folders]
+    if classes:
+        origin["masks"] = [folder.fingerprint([*map(folder.mask_file, folder.paths)]) for folder in folders]
+    if args.denoised:
+        origin["copies"] = [folder.fingerprint(folder.denoised) for folder in folders]
+    if denoiser:
+        origin["denoiser"] = denoise.weights_hash(denoiser)
+    return origin
 
 
 def evaluate(args, device, saved):
@@ -984,9 +1004,7 @@ def evaluate(args, device, saved):
         raise UserError(f"{args.data}: {train.channels} channels, the backbone has {backbone.channels}")
     val, _ = open_folder(args, "val", train.channels, train.limits)
     labels, classes = read_targets(train, val, args.shots)
-    masks = [folder.fingerprint(masks=True) for folder in (train, val) if classes]
-    origin = {"range": train.limits, "files": [train.fingerprint(), val.fingerprint()],
-              "masks": masks, "shots": args.shots, **backbone.about}
+    origin = {**backbone.about, **origin_of(args, train, val, classes, denoiser)}
     if origin.items() <= saved.items() and arrays_of(args.out).exists():
         c.say(f"{args.out}: complete, nothing to do")
         return None
@@ -1043,7 +1061,10 @@ COLUMNS = {"linear": "linear", "balanced_linear": "linear, balanced", "clean_lin
            "cosine": "cosine noisy-clean", **MONITORS,
            "minutes": "minutes", "images_s": "images/s", "peak_gb": "peak GB"}
 MORE_COLUMNS = {"map_r": "mAP@R", "recall1": "Recall@1", "recall5": "Recall@5", "recall10": "Recall@10",
-                "cosine": "cosine noisy-clean", "patch_cosine": "the same of patches", "cka": "CKA with clean"}
+                "patch_cosine": "cosine noisy-clean of patches", "cka": "CKA with clean"}
+MORE = {"map_r": "Retrieval: every image of val is a query against all others.",
+        "patch_cosine": "Cosine of the patch tokens of the same images noisy and clean.",
+        "cka": "Linear CKA of the class tokens with those of the arm `clean`."}
 DIGITS = dict.fromkeys(["cosine", "patch_cosine", "cka", "peak_gb", *MONITORS], 2)  # of other columns 1
 SWEEPS = {"linear": "Linear probe", "iou": "Mean IoU"}
 ABOUT = """{train} training and {val} validation images, noise {config[noise]}, {pretrain[arch]}, \
@@ -1056,8 +1077,6 @@ the classes' recalls."""
 UNLABELLED = """{pretrain[images]} training images without labels, noise {config[noise]}, {pretrain[arch]}, \
 on {device}. Losses and monitors at the end of training; mean ± standard deviation over seeds. They tell \
 a collapse, not what the features are worth."""
-MORE = """Retrieval: every image of val is a query against all others. Cosine of the class tokens, and of the \
-patch tokens, of the same images noisy and clean; linear CKA of the class tokens with those of the arm `clean`:"""
 FEW = {"balanced_linear": "Logistic regression", "balanced_nn": "Nearest neighbour"}
 FEW_LABELS = "{} on so many labels a class: balanced accuracy, mean ± standard deviation over {} draws a seed:"
 
@@ -1232,7 +1251,8 @@ def report(out):
     figures = figures_table(arms, COLUMNS, columns)
     text = [f"# {out.name}", "", about.format(**results[0]), "", *figures, ""]
     if more:
-        text += [MORE, "", *figures_table(arms, MORE_COLUMNS, more), ""]
+        told = " ".join(MORE[key] for key in more if key in MORE)
+        text += [told, "", *figures_table(arms, MORE_COLUMNS, more), ""]
     text += sweep_tables(arms) + class_table(arms) + few_shot_tables(arms)
     for name, picture in pictures(out, arms, results).items():
         if picture:
@@ -1273,10 +1293,11 @@ def sample_pictures(out, arms, results):
     copy = max(result["pretrain"]["denoised"] for result in results)  # "" where there is none
     has_val = [Path(root, "val").is_dir() for root in (config["data"], copy) if root]
     split = "val" if all(has_val) else "train"
-    folder = c.Folder(config["data"], split, config["noise"], config["noise_seed"], copy, channels, first.get("range"))
+    limits = first["pretrain"].get("range")
+    folder = c.Folder(config["data"], split, config["noise"], config["noise_seed"], copy, channels, limits)
     images = {}
-    for source, known in {"noisy": True, "denoised": copy, "clean": folder.spec != "none"}.items():
-        if known:
+    for source, exists in {"noisy": True, "denoised": copy, "clean": folder.spec != "none"}.items():
+        if exists:
             images[source] = [folder.read(i, source) for i in folder.spread(SHOWN)]
     features = {"input": images["noisy"]}
     for arm, runs in arms.items():
@@ -1287,13 +1308,13 @@ def sample_pictures(out, arms, results):
         features[run] = principal_components(f"{out}/pretrain/{run}", seen)
     made = {"samples": grid(images), "features": grid(features)}
     if any("iou" in result for result in results):
-        made["masks"] = mask_picture(out, arms, config, folder)
+        val = c.Folder(config["data"], "val", config["noise"], config["noise_seed"], None, channels, limits)
+        made["masks"] = mask_picture(out, arms, argparse.Namespace(**config), val)
     return made
 
 
-def mask_picture(out, arms, config, folder):
-    """The same images, their masks and what the dense probe of each arm answers, one colour a class."""
-    args = argparse.Namespace(**config)
+def mask_picture(out, arms, args, folder):
+    """Six val images, their masks and what the dense probe of each arm answers, one colour a class."""
     shown = folder.spread(SHOWN)
     rows = {"input": [central_crop(folder.read(i), args.resize, args.img_size) for i in shown],
             "mask": [paint(crop_mask(args, folder.mask(i))) for i in shown]}

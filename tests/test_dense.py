@@ -1,6 +1,7 @@
 """Masks beside the images, and what patch features are worth: held to plain loops over pixels."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -400,6 +401,23 @@ def test_report_compares_every_arm_with_clean_and_shows_masks(squares, tmp_path)
     assert stored["noisy"]["noisy-seed0"]["cka"] == pytest.approx(expected)
 
 
+def test_picture_of_masks_shows_val_where_the_denoised_copy_has_none(squares, tmp_path, monkeypatch):
+    """Its answers are of val, so its images and masks are, too."""
+    shutil.copytree(squares / "runs", "runs")
+    for name, target in (("data", squares / "data"), ("copy/train", squares / "data/train")):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to(target)
+    path = Path("runs/probe/noisy-seed0.json")
+    known = common.read_json(path)
+    known["pretrain"]["denoised"] = "copy"
+    common.write_json(path, known)
+    asked, mask = [], common.Folder.mask
+    monkeypatch.setattr(common.Folder, "mask", lambda self, i: asked.append(self.paths[i]) or mask(self, i))
+    assert call(probe, "report", "runs") == 0
+    assert len(asked) == probe.SHOWN
+    assert all(path.startswith("val/") for path in asked)
+
+
 # ==== bad input ===================================================================================
 @pytest.mark.parametrize("change, said", [
     ("unlearned", "masks/val: class 7 is in no mask of train/"),
@@ -424,6 +442,19 @@ def test_masks_that_do_not_fit_are_refused_before_anything_is_trained(folder, ca
     if change == "val alone":
         (folder / "masks/train").rename(folder / "elsewhere")
     assert said in refused(capsys, "check", "--data", folder)
+
+
+@pytest.mark.parametrize("known", [[], [0]])
+def test_masks_that_leave_nothing_to_train_or_to_choose_on_are_refused(folder, capsys, known):
+    """Other images have no known pixel in their crop."""
+    for i in range(4):
+        write_image(folder / f"val/{i}.png", np.full((6, 8), 9))
+        mask = np.full((6, 8), 255)
+        mask[:, 0] = i % 2  # which no crop shows
+        for split in ("train", "val"):
+            write_image(folder / f"masks/{split}/{i}.png", np.zeros((6, 8)) if i in known else mask)
+    flags = ["--data", folder, "--noise", "none", "--pixels", "--preset", "tiny", "--out", "out.json", *QUICK]
+    assert "masks/train: too few images with known pixels" in refused(capsys, *flags)
 
 
 def test_check_takes_masks_for_labels_but_no_shots_of_them(folder, capsys):

@@ -987,6 +987,21 @@ def test_result_of_another_backbone_is_made_again(again):
     assert not again()
 
 
+def test_result_of_another_denoised_copy_or_denoiser_is_made_again(again, cleaned):
+    shutil.copytree(cleaned.copy, "copy")
+    shutil.copy(cleaned.file, "denoiser.pth")
+    flags = ["--denoised", "copy", "--denoiser", "denoiser.pth", "--out", "denoised.json"]
+    assert again(*flags)
+    assert not again(*flags)
+    save("copy/train/cat/0.png", np.zeros((32, 40, 3), np.uint8))
+    assert again(*flags)
+    assert not again(*flags)
+    weights = torch.load("denoiser.pth")
+    torch.save({name: 1.5 * p for name, p in weights.items()}, "denoiser.pth")
+    assert again(*flags)
+    assert not again(*flags)
+
+
 def test_result_gets_its_few_labels_later(again):
     """Without --shots they stay what they are."""
     before = common.read_json("out.json")
@@ -1137,6 +1152,15 @@ def test_pixels_of_denoised_images_are_read_from_them(small, cleaned):
     noisy = probe.load_backbone(probe_args(small.data, "--pixels", *NOISE), CPU)
     denoised = probe_args(small.data, "--pixels", *NOISE, "--denoised", cleaned.copy)
     assert (probe.load_backbone(denoised, CPU).std < noisy.std).double().mean() > 0.9
+
+
+def test_patches_of_denoised_pixels_are_standardised_by_the_denoised_training_images(small, cleaned):
+    pixels = probe.load_backbone(probe_args(small.data, "--pixels", *NOISE, "--denoised", cleaned.copy), CPU)
+    folder = common.Folder(small.data, "train", "gauss50", 0, cleaned.copy)
+    every = torch.cat([folder.read(i, "denoised").flatten(1).double() / 255 for i in range(len(folder))], 1)
+    mean, std = pixels.normal
+    torch.testing.assert_close(mean.flatten().double(), every.mean(1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(std.flatten().double(), every.std(1), atol=1e-3, rtol=0)
 
 
 # ==== embed =======================================================================================
@@ -1312,7 +1336,7 @@ def test_check_of_images_without_classes_has_code_3(small, capsys, folder):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("flag", ["--run", "--weights", "--img_size", "--workers", "--views"])
+@pytest.mark.parametrize("flag", ["--run", "--weights", "--workers", "--views"])
 def test_check_takes_the_flags_of_the_data_alone(small, capsys, flag):
     error = refused(capsys, "check", "--data", small.data, flag, "1")
     assert f"unrecognized arguments: {flag} 1" in error
@@ -1354,6 +1378,15 @@ def test_class_folders_are_needed(small, said):
     link("data/train", small.data / "train")
     link("data/val", small.data / "val/cat")  # images, but no classes
     assert "labels need a folder a class" in said()
+
+
+def test_one_class_alone_is_refused(small, capsys):
+    """Where val has others, as where it has none: check and probe read the same labels."""
+    for split in ("train", "val"):
+        link(f"data/{split}/cat", small.data / split / "cat")
+    flags = ["--data", "data", "--run", small.run, "--out", "out.json", *QUICK]
+    assert "data/train: has one class, cat; two are the least" in refused(capsys, *flags)
+    assert not Path("out.json").exists()
 
 
 def test_a_class_of_two_images_is_needed(small, said):
@@ -1484,6 +1517,20 @@ def test_report_leaves_out_columns_without_a_figure(runs):
     assert header == f"| {columns} |"
 
 
+def test_report_explains_the_columns_of_its_second_table_that_there_are(runs):
+    said = {"Retrieval: every image": ["map_r", "recall1", "recall5", "recall10"],
+            "patch tokens": ["patch_cosine"], "Linear CKA": []}  # no run is of clean images
+    for sentence, figures in said.items():
+        assert call(probe, "report", "runs") == 0
+        assert (sentence in Path("runs/results.md").read_text()) == bool(figures)
+        for name in runs:
+            path = f"runs/probe/{name}.json"
+            known = common.read_json(path)
+            common.write_json(path, {k: v for k, v in known.items() if k not in figures})
+        assert call(probe, "report", "runs") == 0
+        assert sentence not in Path("runs/results.md").read_text()
+
+
 def test_report_has_a_table_of_each_head_on_few_labels_over_draws_of_all_seeds(runs):
     assert call(probe, "report", "runs") == 0
     assert "labels a class" not in Path("runs/results.md").read_text()
@@ -1598,6 +1645,20 @@ def test_report_without_labels_shows_training_images_features_and_curves(unprobe
         assert f"({name}.png)" in text
         with Image.open(f"runs/{name}.png") as image:
             assert image.size == (6 * 166, rows * 183)
+
+
+def test_report_without_labels_shows_deep_images_in_the_range_of_the_run(unprobed):
+    """Values of 0 to 1,000 in a range of 8,000 are dark."""
+    for k, path in enumerate(sorted(Path("flat").iterdir())):
+        path.unlink()
+        np.save(path.with_suffix(".npy"), randint(1000, 32, 32, 3, seed=k).numpy().astype(np.uint16))
+    for run in Path("runs/pretrain").iterdir():
+        config = common.read_json(run / "config.json")
+        common.write_json(run / "config.json", config | {"noise": "none", "range": [0.0, 8000.0]})
+    assert call(probe, "report", "runs") == 0
+    with Image.open("runs/samples.png") as picture:
+        shown = np.array(picture.convert("L"))[25:180, 10:150]
+    assert shown.mean() < 30
 
 
 def test_report_shows_pixels_first_without_cost_and_without_a_picture_of_features(runs, result):
