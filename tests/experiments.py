@@ -415,6 +415,22 @@ def sweep_table(curves):
     return [*probe.table(head, rows), ""]
 
 
+RETRIEVAL = {"map": "mAP", "map_r": "mAP@R", "recall1": "Recall@1", "recall5": "Recall@5", "recall10": "Recall@10"}
+
+
+def retrieval_table(runs):
+    """Lines of a table of retrieval, of those seeds that were probed for it."""
+    rows = {}
+    for run, seeds in runs.items():
+        found = [result for result in seeds.values() if "map_r" in result]
+        if found:
+            rows[run] = [{label: result[name] for name, label in RETRIEVAL.items()} for result in found]
+    if not rows:
+        return []
+    first, *rest = figures_table(rows)
+    return [first.replace("|  |", "| retrieval |", 1), *rest]
+
+
 def plain_tables(results):
     """Lines of the tables of runs without a probe: denoisers (PSNR in dB) and the like."""
     groups, text = {}, []
@@ -440,7 +456,7 @@ def tables(results):
         text += [f"## {title}", ""] if part else []
         probed = {name: result for name, result in part.items() if "knn" in result}
         for group, runs in by_group(probed).items():
-            text += group_tables(group, runs)
+            text += group_tables(group, runs) + retrieval_table(runs)
             curves = sweeps(runs)
             if curves:
                 text += sweep_table(curves)

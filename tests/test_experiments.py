@@ -122,6 +122,18 @@ def test_tables_give_mean_and_deviation_over_seeds(tmp_path):
     assert panels == {"gauss100: linear probe in %, by test noise": {"noisy": [(1, 44.0)]}}
 
 
+def test_retrieval_is_of_those_seeds_that_were_probed_for_it():
+    ranks = {"map": 20.0, "map_r": 8.0, "recall1": 40.0, "recall5": 70.0, "recall10": 90.0}
+    results = {f"gauss100-nct-seed{k}": probe_result(40.0) for k in range(3)}
+    results["gauss100-nct-seed1"] |= ranks
+    results["gauss100-nct-seed2"] |= {**ranks, "recall1": 42.0}
+    results["gauss100-noisy-seed0"] = probe_result(30.0)
+    text, _ = experiments.tables(results)
+    assert "| retrieval | seeds | mAP | mAP@R | Recall@1 | Recall@5 | Recall@10 |" in text
+    rows = [line for line in text.splitlines() if "90.0" in line]
+    assert rows == ["| gauss100-nct | 2 | 20.0 ± 0.0 | 8.0 ± 0.0 | 41.0 ± 1.4 | 70.0 ± 0.0 | 90.0 ± 0.0 |"]
+
+
 def test_minutes_are_those_of_the_whole_curriculum_and_monitors_those_of_the_end(tmp_path):
     """A run's summary counts the runs before it, too (tests of pretrain.py)."""
     log = [{"step": 1, "entropy": 6.0, "rank": 3.0}, {"step": 2, "entropy": 5.0, "rank": 7.0}]
